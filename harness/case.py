@@ -1,0 +1,335 @@
+"""Case, Action, Observation: pure data that says what to run, what was done to it, and what was seen.
+
+A Case is everything that two machines need to run the same guest: RAM, start state, CPU profile, VM shape, actions.
+It serializes to JSON, and its identity is the hash of that JSON.  Nothing here knows KVM or the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from harness.cpuid import CpuidEntry, CpuProfile
+from harness.exits import Exit
+from harness.state import CpuState
+
+FORMAT: Final = 1
+PAGE: Final = 4096
+IRQCHIPS: Final = ("none", "split", "full")
+
+
+class CaseError(ValueError):
+    """A Case, or a file that should hold one, is not usable; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """Bytes at a guest-physical address."""
+
+    gpa: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A RAM slot: guest-physical address and size in bytes, both multiples of 4096. Outside every slot is MMIO."""
+
+    gpa: int
+    size: int
+
+
+@dataclass(frozen=True)
+class VmShape:
+    """The VM around the vCPU: RAM slots, interrupt controller, capabilities to enable (number -> arguments)."""
+
+    slots: tuple[Slot, ...] = (Slot(0, 0x20000),)
+    irqchip: str = "none"
+    caps: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.irqchip not in IRQCHIPS:
+            raise CaseError(f"irqchip {self.irqchip!r}: use one of {', '.join(IRQCHIPS)}")
+        for slot in self.slots:
+            if slot.gpa % PAGE or slot.size % PAGE or slot.size <= 0:
+                raise CaseError(f"slot {slot.gpa:#x}+{slot.size:#x}: address and size must be multiples of 4096")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Initial contents of RAM: blobs in order (a later one overlays an earlier one); everything else is zero.
+
+    Share one Memory between Cases wherever they start from the same RAM: its image is computed once.
+    """
+
+    blobs: tuple[Blob, ...]
+
+    def plus(self, *blobs: Blob) -> Memory:
+        """A Memory with ``blobs`` laid over this one."""
+        return Memory(self.blobs + blobs)
+
+    @cached_property
+    def _images(self) -> dict[Slot, bytes]:
+        return {}
+
+    def image(self, slot: Slot) -> bytes:
+        """The initial bytes of ``slot``."""
+        found = self._images.get(slot)
+        if found is None:
+            ram = bytearray(slot.size)
+            for blob in self.blobs:
+                start = blob.gpa - slot.gpa
+                lo, hi = max(start, 0), min(start + len(blob.data), slot.size)
+                if lo < hi:
+                    ram[lo:hi] = blob.data[lo - start : hi - start]
+            found = self._images[slot] = bytes(ram)
+        return found
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over addresses and bytes."""
+        h = hashlib.sha256()
+        for blob in self.blobs:
+            h.update(f"{blob.gpa}:{len(blob.data)}:".encode())
+            h.update(blob.data)
+        return h.hexdigest()
+
+    def check(self, shape: VmShape) -> None:
+        """CaseError when a blob lies outside every slot of ``shape``."""
+        for blob in self.blobs:
+            if not any(s.gpa <= blob.gpa and blob.gpa + len(blob.data) <= s.gpa + s.size for s in shape.slots):
+                end = blob.gpa + len(blob.data)
+                raise CaseError(
+                    f"segment {blob.gpa:#x}..{end:#x} lies outside guest memory "
+                    f"({', '.join(f'{s.gpa:#x}..{s.gpa + s.size:#x}' for s in shape.slots)}): "
+                    "link it lower, or give the Case a slot there"
+                )
+
+
+# --- actions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Something done to a machine. ``kind`` is its name in JSON."""
+
+    kind: ClassVar[str] = "action"
+
+
+@dataclass(frozen=True, slots=True)
+class Run(Action):
+    """Run to the next exit, complete its pending operation, show the state; up to ``limit`` exits or a terminal one.
+
+    A guest that has not ended (HLT, shutdown) after ``limit`` exits is a mismatch only if the other machine's has.
+    ``complete=False`` shows the state with the operation of a single exit still pending; a :class:`Complete` follows.
+    """
+
+    limit: int = 1
+    complete: bool = True
+    kind: ClassVar[str] = "run"
+
+
+@dataclass(frozen=True, slots=True)
+class Complete(Action):
+    """Complete the operation that ``Run(complete=False)`` left pending, and show the state."""
+
+    kind: ClassVar[str] = "complete"
+
+
+@dataclass(frozen=True, slots=True)
+class SetState(Action):
+    """Write some registers (flat names of CpuState). ``via``: ``regs``, ``sregs``, ``sync`` (SYNC_REGS at next run)."""
+
+    values: tuple[tuple[str, int], ...]
+    via: str = "regs"
+    kind: ClassVar[str] = "set"
+
+
+@dataclass(frozen=True, slots=True)
+class Inject(Action):
+    """Queue an event for the next run. ``event``: ``exception``, ``interrupt`` or ``nmi``."""
+
+    event: str
+    vector: int = 2
+    error: int | None = None
+    kind: ClassVar[str] = "inject"
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Action):
+    """Execute ``count`` instructions one by one (KVM_GUESTDBG_SINGLESTEP); each shows a debug exit."""
+
+    count: int = 1
+    kind: ClassVar[str] = "step"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRestore(Action):
+    """Save the whole vCPU and RAM, build a fresh VM from it, go on there."""
+
+    kind: ClassVar[str] = "save-restore"
+
+
+ACTIONS: Final[dict[str, type[Action]]] = {c.kind: c for c in (Run, Complete, SetState, Inject, Step, SaveRestore)}
+
+
+def _action_json(action: Action) -> dict[str, Any]:
+    return {"kind": action.kind, **asdict(action)}
+
+
+def _action_from_json(body: Mapping[str, Any]) -> Action:
+    values = {k: v for k, v in body.items() if k != "kind"}
+    if body["kind"] == "set":
+        values["values"] = tuple((str(k), int(v)) for k, v in values["values"])
+    return ACTIONS[body["kind"]](**values)
+
+
+# --- the Case -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One guest run, whole. ``name`` is stable and readable, ``id`` identifies its content.
+
+    ``bits`` is the code size at the start (16, 32, 64), for disassembly. ``origin`` is the source of the code
+    (``guests/gpr.S:mov_r32``), ``requires`` names CPU features and host traits without which the Case cannot run;
+    ``seed`` determines what devices answer to reads. ``start.msrs`` are both set and observed.
+    """
+
+    name: str
+    memory: Memory
+    start: CpuState
+    profile: CpuProfile
+    shape: VmShape = VmShape()
+    actions: tuple[Action, ...] = (Run(64),)
+    bits: int = 64
+    origin: str = ""
+    requires: frozenset[str] = frozenset()
+    seed: int = 0
+
+    @cached_property
+    def id(self) -> str:
+        """First 12 hex digits of the SHA-256 of everything that decides what happens (``origin`` does not)."""
+        h = hashlib.sha256()
+        start = {k: v for k, v in self.start.flat().items()}
+        body = {
+            "format": FORMAT, "name": self.name, "memory": self.memory.digest, "start": start,
+            "profile": profile_digest(self.profile), "shape": shape_json(self.shape),
+            "actions": [_action_json(a) for a in self.actions], "seed": self.seed, "bits": self.bits,
+            "requires": sorted(self.requires),
+        }  # fmt: skip
+        h.update(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+        return h.hexdigest()[:12]
+
+    def read_data(self, ordinal: int, size: int) -> bytes:
+        """What the devices of this Case answer to the ``ordinal``-th read (PIO item or MMIO), ``size`` bytes."""
+        return device_data(self.seed, ordinal, size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole Case as a JSON object (numbers decimal, bytes hex)."""
+        return {
+            "kvm-harness-case": FORMAT, "id": self.id, "name": self.name, "origin": self.origin, "bits": self.bits,
+            "seed": self.seed, "requires": sorted(self.requires), "shape": shape_json(self.shape),
+            "actions": [_action_json(a) for a in self.actions], "start": self.start.flat(),
+            "memory": [[b.gpa, b.data.hex()] for b in self.memory.blobs],
+            "cpuid": [[getattr(e, f.name) for f in fields(CpuidEntry)] for e in self.profile.cpuid],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Case:
+        """The inverse of :meth:`to_json`. CaseError when the object is no Case of this format or was altered."""
+        if not isinstance(body, Mapping) or body.get("kvm-harness-case") != FORMAT:
+            raise CaseError(f"not a kvm-harness case file of format {FORMAT}")
+        try:
+            shape = body["shape"]
+            case = cls(
+                name=body["name"], origin=body["origin"], bits=body["bits"], seed=body["seed"],
+                requires=frozenset(body["requires"]),
+                shape=VmShape(
+                    tuple(Slot(*s) for s in shape["slots"]), shape["irqchip"],
+                    tuple((n, tuple(args)) for n, args in shape["caps"]),
+                ),
+                actions=tuple(_action_from_json(a) for a in body["actions"]),
+                start=CpuState.from_flat(body["start"]),
+                memory=Memory(tuple(Blob(gpa, bytes.fromhex(data)) for gpa, data in body["memory"])),
+                profile=CpuProfile(tuple(CpuidEntry(*row) for row in body["cpuid"])),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise CaseError(f"damaged case file: {error!r}") from error
+        if "id" in body and body["id"] != case.id:
+            raise CaseError(f"case file says id {body['id']} but its content hashes to {case.id}: it was edited")
+        return case
+
+
+def load_case(path: Path) -> Case:
+    """Read a case file. CaseError says what is wrong with it."""
+    try:
+        body = json.loads(path.read_text())
+    except OSError as error:
+        raise CaseError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CaseError(f"{path}: not JSON ({error})") from error
+    try:
+        return Case.from_json(body)
+    except CaseError as error:
+        raise CaseError(f"{path}: {error}") from error
+
+
+def shape_json(shape: VmShape) -> dict[str, Any]:
+    """A VmShape as JSON."""
+    return {
+        "slots": [[s.gpa, s.size] for s in shape.slots],
+        "irqchip": shape.irqchip,
+        "caps": [[n, list(args)] for n, args in shape.caps],
+    }
+
+
+@lru_cache(maxsize=256)
+def profile_digest(profile: CpuProfile) -> str:
+    """SHA-256 of a profile's leaves."""
+    rows = [[getattr(e, f.name) for f in fields(CpuidEntry)] for e in profile.cpuid]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def device_data(seed: int, ordinal: int, size: int) -> bytes:
+    """Bytes that a device answers with: splitmix64 of (seed, ordinal), so every read of a Case sees another value."""
+    mask = (1 << 64) - 1
+    out = b""
+    block = 0
+    while len(out) < size:
+        z = (seed + 0x9E3779B97F4A7C15 * (ordinal * 8 + block + 1)) & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        out += (z ^ z >> 31).to_bytes(8, "little")
+        block += 1
+    return out[:size]
+
+
+# --- what a machine shows -------------------------------------------------------------------------------------------
+
+Pages = Mapping[int, bytes]
+"""Guest-physical page address -> its 4096 bytes, for pages that differ from the Case's initial RAM."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A machine at an exit: the exit and its whole visible state. Also the Expectation: then with undefined bits.
+
+    ``sections`` are the state's bytes as ``harness.state.SECTIONS`` lays them out; empty where the machine cannot show
+    a state at this exit (an operation of several exits in flight, or an exit that is not ``comparable``).
+    ``ignore``: flat register name -> bits the architecture leaves undefined. ``accept``: flat name -> further values
+    that are as right as the one in ``sections``. ``pages``: RAM that differs from the Case's initial contents;
+    ``pages_ignore``: guest-physical byte address -> undefined bits of that byte. ``retired``: instructions so far.
+    """
+
+    exit: Exit
+    sections: Mapping[str, bytes]
+    pages: Pages = field(default_factory=dict)
+    ignore: Mapping[str, int] = field(default_factory=dict)
+    accept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pages_ignore: Mapping[int, int] = field(default_factory=dict)
+    retired: int = 0
