@@ -1,0 +1,1 @@
+"""The lab: kernels, images and emulators in which a KVM under test runs."""
