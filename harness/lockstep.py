@@ -1,0 +1,138 @@
+"""Run two machines side by side, compare at every exit, stop at the first difference. The one comparison there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from harness.case import Case, Observation
+from harness.exits import Exit, Io
+from harness.machine import ComparableMachine, Machine, MemoryDiff
+from harness.state import FieldDiff, diff, unpack_sections
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first exit at which two machines differ: ``index`` counts exits from 0, ``action`` indexes Case.actions.
+
+    ``expected`` or ``got`` is None when that machine had no further exit. ``registers`` and ``memory`` hold only what
+    differs; both empty when the exits themselves differ.
+    """
+
+    index: int
+    action: int
+    expected: Observation | None
+    got: Observation | None
+    registers: tuple[FieldDiff, ...] = ()
+    memory: tuple[MemoryDiff, ...] = ()
+
+    @property
+    def exits_differ(self) -> bool:
+        """The machines left the guest for different reasons."""
+        return self.expected is None or self.got is None or not same_exit(self.expected.exit, self.got.exit)
+
+    def summary(self) -> str:
+        """One line: what differs first."""
+        if self.exits_differ:
+            return f"exit: expected {exit_text(self.expected)}, got {exit_text(self.got)}"
+        if self.registers:
+            more = f" (+{len(self.registers) - 1} more registers)" if len(self.registers) > 1 else ""
+            return f"{self.registers[0]}{more}"
+        return str(self.memory[0]) if self.memory else "?"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A lockstep run: how many checks it made, and the first difference if there was one."""
+
+    checks: int
+    difference: Difference | None = None
+
+
+def exit_text(seen: Observation | None) -> str:
+    """An exit for people."""
+    return "no further exit" if seen is None else str(seen.exit)
+
+
+def same_exit(expected: Exit, got: Exit) -> bool:
+    """Whether two exits are the same event."""
+    return expected == got
+
+
+def compare_registers(expected: Observation, got: Observation) -> tuple[FieldDiff, ...]:
+    """Registers that differ; nothing when either side cannot show a state. Bytes first, decoded only if they differ."""
+    left, right = expected.sections, got.sections
+    if not left or not right or left == right:
+        return ()
+    names = [name for name in right if name in left and left[name] != right[name]]
+    if not names:
+        return ()
+    want = unpack_sections({name: left[name] for name in names})
+    have = unpack_sections({name: right[name] for name in names})
+    found = diff(want, have, expected.ignore)
+    return tuple(d for d in found if d.got not in expected.accept.get(d.name, ()))
+
+
+def compare(
+    index: int, action: int, expected: Observation, got: Observation, machine: ComparableMachine
+) -> Difference | None:
+    """Compare everything visible at one exit."""
+    if not same_exit(expected.exit, got.exit):
+        return Difference(index, action, expected, got)
+    registers = compare_registers(expected, got)
+    memory: list[MemoryDiff] = []
+    if expected.sections and got.sections:
+        memory = machine.memory_diff(expected.pages, expected.pages_ignore)
+    if registers or memory:
+        return Difference(index, action, expected, got, registers, tuple(memory))
+    return None
+
+
+def lockstep(case: Case, left: Machine, right: ComparableMachine) -> Outcome:
+    """Run ``case`` on both machines. ``left`` says what must be, ``right`` is judged."""
+    left.load(case)
+    right.load(case)
+    checks = 0
+    for number, action in enumerate(case.actions):
+        wanted = iter(left.apply(action))
+        for got in right.apply(action):
+            expected = _take(wanted, got)
+            if expected is None:
+                return Outcome(checks, Difference(checks, number, None, got))
+            checks += 1
+            found = compare(checks - 1, number, expected, got, right)
+            if found is not None:
+                return Outcome(checks, found)
+        missing = next(wanted, None)
+        if missing is not None:
+            return Outcome(checks, Difference(checks, number, missing, None))
+    return Outcome(checks)
+
+
+def _take(wanted: object, got: Observation) -> Observation | None:
+    """The next expected observation; a batched port I/O exit (count > 1) takes as many single items as it holds.
+
+    A REP INS or OUTS may show several items in one KVM_EXIT_IO (api.rst: ``count``); architecturally they are one
+    after the other, and only the state after the last of them is visible.
+    """
+    assert hasattr(wanted, "__next__")
+    first: Observation | None = next(wanted, None)
+    if first is None or not isinstance(got.exit, Io) or got.exit.count == 1 or not isinstance(first.exit, Io):
+        return first
+    last, merged = first, first.exit
+    while merged.count < got.exit.count:
+        item = next(wanted, None)
+        if item is None or not isinstance(item.exit, Io) or not _same_port(merged, item.exit):
+            return first  # shown as a difference of exits
+        merged = replace(merged, data=merged.data + item.exit.data, count=merged.count + item.exit.count)
+        last = item
+    return replace(last, exit=merged)
+
+
+def _same_port(a: Io, b: Io) -> bool:
+    return (a.port, a.size, a.write) == (b.port, b.size, b.write)
+
+
+def flatten(ignore: Mapping[str, int]) -> str:
+    """Undefined bits for people: ``rflags:0x10``."""
+    return " ".join(f"{name}:{mask:#x}" for name, mask in ignore.items())

@@ -1,0 +1,460 @@
+"""Machine: runs a Case up to its next exit and shows its registers. KvmMachine does it on KVM, Recording replays.
+
+The reference model's machine is harness/reference/machine.py; every feature of the harness is two of these side by
+side in harness/lockstep.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from harness import kvm_ioctl as k
+from harness.case import PAGE, Action, Case, Complete, Inject, Observation, Pages, Run, SaveRestore, SetState, Step
+from harness.exits import (
+    Debug,
+    Exit,
+    FailEntry,
+    Halt,
+    Hypercall,
+    InternalError,
+    Io,
+    IrqWindow,
+    Mmio,
+    Msr,
+    Shutdown,
+    Timeout,
+    Unknown,
+)
+from harness.kvm_ioctl import ioctl
+from harness.state import CpuState, pack_sections, unpack_sections
+from harness.vm import RUN_LIMIT, SYNC, Kvm, RunTimeoutError, Vcpu, Vm
+
+Sections = tuple[str, ...]
+
+_libc = ctypes.CDLL(None)
+_memcmp: Callable[[int, bytes, int], int] = _libc.memcmp
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryDiff:
+    """A run of differing bytes in guest RAM, at most 16 of them."""
+
+    gpa: int
+    expected: bytes
+    got: bytes
+
+    def __str__(self) -> str:
+        return f"memory {self.gpa:#x}: expected {self.expected.hex(' ')}, got {self.got.hex(' ')}"
+
+
+class Machine(Protocol):
+    """What runs a Case. ``apply`` shows one Observation per exit, in order; a caller may stop taking them."""
+
+    def load(self, case: Case) -> None:
+        """Make the machine what the Case says, at its start state."""
+
+    def apply(self, action: Action) -> Iterable[Observation]:
+        """Do one action."""
+
+
+class ComparableMachine(Machine, Protocol):
+    """A machine whose RAM can be compared while it stands at an exit (the right-hand side of a lockstep)."""
+
+    def memory_diff(self, pages: Pages, ignore: Mapping[int, int]) -> list[MemoryDiff]:
+        """Where RAM differs from the Case's initial contents overlaid with ``pages``."""
+
+
+class Recording:
+    """A machine that shows what was recorded: Observations per action, in order."""
+
+    def __init__(self, steps: Sequence[Sequence[Observation]]) -> None:
+        self._steps = steps
+        self._next = 0
+
+    def load(self, case: Case) -> None:
+        """Rewind. ValueError when the recording is not of this Case's shape."""
+        if len(self._steps) != len(case.actions):
+            raise ValueError(f"recording of {len(self._steps)} actions, the case has {len(case.actions)}")
+        self._next = 0
+
+    def apply(self, action: Action) -> Iterable[Observation]:
+        """What was seen at this action."""
+        self._next += 1
+        return self._steps[self._next - 1]
+
+
+def record(machine: Machine, case: Case) -> list[list[Observation]]:
+    """Run a whole Case and keep what it shows."""
+    machine.load(case)
+    return [list(machine.apply(action)) for action in case.actions]
+
+
+def case_sections(case: Case) -> Sections:
+    """The sections that make up the visible state of a Case; the same on every machine."""
+    out = ["regs", "sregs2", "events", "debugregs", "xcr0"]
+    if case.start.msrs:
+        out.append("msrs")
+    if "apx" in case.requires:
+        out.append("egpr")
+    return tuple(out)
+
+
+class KvmMachine:
+    """Runs Cases on a real KVM. VMs are kept and reused by (shape, profile); a vCPU that went astray is thrown away.
+
+    ``limit`` is the time in seconds that one KVM_RUN may take. Not thread-safe; open it after a fork.
+    """
+
+    POOL: Final = 4
+
+    def __init__(self, kvm: Kvm, *, limit: float = RUN_LIMIT, sync: bool = True) -> None:
+        self.kvm = kvm
+        self.limit = limit
+        self._has_sregs2 = bool(kvm.capability(k.KVM_CAP_SREGS2))
+        wanted = k.KVM_SYNC_X86_REGS | k.KVM_SYNC_X86_SREGS | k.KVM_SYNC_X86_EVENTS
+        self._sync = sync and kvm.sync_fields & wanted == wanted
+        self._sync_mask = wanted if self._sync else 0
+        self._pool: OrderedDict[tuple[object, object], tuple[Vm, Vcpu]] = OrderedDict()
+        self._case: Case | None = None
+        self._vm: Vm | None = None
+        self._vcpu: Vcpu | None = None
+        self._known: dict[int, dict[str, bytes]] = {}
+        self._poisoned = False
+        self._reads = 0
+        self._sections: Sections = ()
+        self._msr_indices: tuple[int, ...] = ()
+
+    # --- life ---
+
+    def close(self) -> None:
+        """Close every VM."""
+        while self._pool:
+            self._drop(next(iter(self._pool)))
+        self._vm = self._vcpu = None
+
+    def __enter__(self) -> KvmMachine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _drop(self, key: tuple[object, object]) -> None:
+        vm, vcpu = self._pool.pop(key)
+        self._known.pop(id(vcpu), None)
+        vcpu.close()
+        vm.close()
+
+    def load(self, case: Case) -> None:
+        """Give the Case its VM, RAM and start state. KvmError or LookupError when this KVM refuses some of it."""
+        key = (case.shape, id(case.profile))
+        if self._poisoned or (self._case is not None and key not in self._pool):
+            self._retire()
+        pair = self._pool.get(key)
+        if pair is None or pair[1].profile is not case.profile:
+            if len(self._pool) >= self.POOL:
+                self._drop(next(iter(self._pool)))
+            vm = Vm(self.kvm, case.shape)
+            pair = self._pool[key] = (vm, Vcpu(vm, case.profile))
+        self._vm, self._vcpu = pair
+        self._case = case
+        self._reads = 0
+        self._sections = self.visible(case)
+        self._msr_indices = tuple(index for index, _ in case.start.msrs)
+        self._vm.load(case.memory)
+        self._poisoned = True  # until the start state is in whole
+        self._set_start(case.start, self._sections)
+        self._poisoned = False
+
+    def visible(self, case: Case) -> Sections:
+        """The sections this KVM can show of a Case: kvm_sregs where it has no kvm_sregs2."""
+        names = case_sections(case)
+        return names if self._has_sregs2 else tuple("sregs" if n == "sregs2" else n for n in names)
+
+    def _retire(self) -> None:
+        """Throw the current vCPU away: its hidden state can't be trusted (or its Case is over)."""
+        if self._poisoned:
+            for key, pair in list(self._pool.items()):
+                if pair[1] is self._vcpu:
+                    self._drop(key)
+        self._poisoned = False
+
+    @property
+    def vcpu(self) -> Vcpu:
+        """The vCPU of the loaded Case."""
+        if self._vcpu is None:
+            raise RuntimeError("load a Case first")
+        return self._vcpu
+
+    def _set_start(self, start: CpuState, names: Sections) -> None:
+        vcpu = self.vcpu
+        known = self._known.setdefault(id(vcpu), {})
+        for name, data in pack_sections(start, _SET_ORDER).items():
+            if (name in names or name in ("pkru",)) and known.get(name) != data:
+                if name == "pkru" and "pkru" not in known and not any(data):
+                    continue
+                vcpu.put(name, data)
+        known.clear()
+        if self._sync:
+            vcpu.sync_enable(self._sync_mask)
+
+    # --- actions ---
+
+    def apply(self, action: Action) -> Iterator[Observation]:
+        """Do one action; see harness/case.py for their meaning."""
+        match action:
+            case Run():
+                yield from self._run(action)
+            case Complete():
+                reason = self.vcpu.complete(self.limit)
+                if reason is not None:
+                    yield Observation(self._exit(reason), {})
+                else:
+                    yield Observation(Halt(), self.sections())
+            case SetState():
+                self._set_registers(action)
+            case Step():
+                yield from self._step(action)
+            case Inject():
+                self._inject(action)
+            case SaveRestore():
+                self._save_restore()
+            case _:
+                raise TypeError(f"no such action: {action!r}")
+
+    def _run(self, action: Run) -> Iterator[Observation]:
+        vcpu = self.vcpu
+        done = 0
+        try:
+            reason: int | None = vcpu.run(self.limit)
+        except RunTimeoutError:
+            self._poisoned = True
+            yield Observation(Timeout(self.limit), {})
+            return
+        while reason is not None:
+            exit_ = self._exit(reason)
+            done += 1
+            following = None
+            if not exit_.comparable:
+                self._poisoned = True
+                yield Observation(exit_, {})
+                return
+            if isinstance(exit_, (Io, Mmio, Msr, Hypercall)):
+                self._answer(exit_)
+                if not action.complete:
+                    yield Observation(exit_, {})
+                    return
+                following = vcpu.complete(self.limit)
+            yield Observation(exit_, {} if following is not None else self.sections())
+            if exit_.terminal:
+                return
+            if done >= action.limit:
+                if following is not None:
+                    self._poisoned = True
+                return
+            try:
+                reason = following if following is not None else vcpu.run(self.limit)
+            except RunTimeoutError:
+                self._poisoned = True
+                yield Observation(Timeout(self.limit), {})
+                return
+
+    def sections(self) -> dict[str, bytes]:
+        """The visible state, as bytes, where the vCPU stands now."""
+        vcpu = self.vcpu
+        out = {}
+        for name in self._sections:
+            if name in SYNC and self._sync:
+                out[name] = vcpu.sync_get(name)
+            elif name == "msrs":
+                out[name] = vcpu.get_msrs(self._msr_indices)
+            else:
+                out[name] = vcpu.get(name)
+        return out
+
+    def state(self) -> CpuState:
+        """The visible state, decoded."""
+        return unpack_sections(self.sections())
+
+    def _exit(self, reason: int) -> Exit:
+        run = self.vcpu.run_page
+        match reason:
+            case k.KVM_EXIT_HLT:
+                return Halt()
+            case k.KVM_EXIT_IO:
+                io = run.io
+                write = io.direction == k.KVM_EXIT_IO_OUT
+                data = bytes(self.vcpu.io_data(io.data_offset, io.size * io.count)) if write else b""
+                return Io(io.port, io.size, write, data, io.count)
+            case k.KVM_EXIT_MMIO:
+                mmio = run.mmio
+                data = bytes(mmio.data[: mmio.len]) if mmio.is_write else b""
+                return Mmio(mmio.phys_addr, mmio.len, bool(mmio.is_write), data)
+            case k.KVM_EXIT_DEBUG:
+                arch = run.debug.arch
+                return Debug(arch.exception, arch.pc, arch.dr6)
+            case k.KVM_EXIT_SHUTDOWN:
+                return Shutdown()
+            case k.KVM_EXIT_X86_RDMSR | k.KVM_EXIT_X86_WRMSR:
+                write = reason == k.KVM_EXIT_X86_WRMSR
+                return Msr(run.msr.index, write, run.msr.data if write else 0)
+            case k.KVM_EXIT_HYPERCALL:
+                return Hypercall(run.hypercall.nr, tuple(run.hypercall.args))
+            case k.KVM_EXIT_IRQ_WINDOW_OPEN:
+                return IrqWindow()
+            case k.KVM_EXIT_INTERNAL_ERROR:
+                failure = run.emulation_failure
+                code = b""
+                if failure.suberror == k.KVM_INTERNAL_ERROR_EMULATION and failure.ndata >= 1 and failure.flags & 1:
+                    code = bytes(failure.insn_bytes[: failure.insn_size])
+                return InternalError(failure.suberror, code)
+            case k.KVM_EXIT_FAIL_ENTRY:
+                return FailEntry(run.fail_entry.hardware_entry_failure_reason)
+            case _:
+                return Unknown(reason, k.EXIT_NAMES.get(reason, ""))
+
+    def _answer(self, exit_: Exit) -> None:
+        """Put what the Case's devices answer where the pending read will find it."""
+        case, run = self._case, self.vcpu.run_page
+        assert case is not None
+        if isinstance(exit_, Io) and not exit_.write:
+            for n in range(exit_.count):
+                data = case.read_data(self._reads, exit_.size)
+                self.vcpu.io_data(run.io.data_offset + n * exit_.size, exit_.size)[:] = data
+                self._reads += 1
+        elif isinstance(exit_, Mmio) and not exit_.write:
+            ctypes.memmove(run.mmio.data, case.read_data(self._reads, exit_.size), exit_.size)
+            self._reads += 1
+        elif isinstance(exit_, Msr):
+            run.msr.error = 0
+            if not exit_.write:
+                run.msr.data = int.from_bytes(case.read_data(self._reads, 8), "little")
+                self._reads += 1
+
+    def _set_registers(self, action: SetState) -> None:
+        changed = self.state().with_(dict(action.values))
+        regs = ("regs",)
+        rest = tuple(n for n in self._sections if n != "regs")
+        sync = action.via == "sync" and self._sync
+        before = self.sections()
+        for name in (rest if action.via == "sregs" else regs) if not sync else (*SYNC,):
+            if name not in self._sections and not sync:
+                continue
+            data = pack_sections(changed, (name,))[name]
+            if sync:
+                self.vcpu.sync_put(name, data)
+            elif before[name] != data:
+                self.vcpu.put(name, data)
+
+    def _step(self, action: Step) -> Iterator[Observation]:
+        vcpu = self.vcpu
+        debug = k.kvm_guest_debug(control=k.KVM_GUESTDBG_ENABLE | k.KVM_GUESTDBG_SINGLESTEP)
+        ioctl(vcpu.fd, k.KVM_SET_GUEST_DEBUG, debug)
+        try:
+            for _ in range(action.count):
+                seen = list(self._run(Run(1)))
+                yield from seen
+                if seen[-1].exit.terminal:
+                    break
+        finally:
+            ioctl(vcpu.fd, k.KVM_SET_GUEST_DEBUG, k.kvm_guest_debug())
+
+    def _inject(self, action: Inject) -> None:
+        vcpu = self.vcpu
+        if action.event == "nmi":
+            ioctl(vcpu.fd, k.KVM_NMI)
+        elif action.event == "interrupt":
+            ioctl(vcpu.fd, k.KVM_INTERRUPT, k.kvm_interrupt(irq=action.vector))
+        else:
+            events = k.kvm_vcpu_events.from_buffer(bytearray(vcpu.get("events")))
+            events.exception.injected = 1
+            events.exception.nr = action.vector
+            events.exception.has_error_code = int(action.error is not None)
+            events.exception.error_code = action.error or 0
+            vcpu.put("events", bytes(events))
+
+    def _save_restore(self) -> None:
+        """Move the vCPU and RAM into a VM made afresh."""
+        assert self._case is not None
+        assert self._vm is not None
+        old_vm, case = self._vm, self._case
+        saved = {name: self.sections()[name] for name in self._sections}
+        ram = {slot: bytes(mapping) for slot, mapping in old_vm.ram.items()}
+        key = next(key for key, pair in self._pool.items() if pair[0] is old_vm)
+        self._drop(key)
+        vm = Vm(self.kvm, case.shape)
+        self._vm, self._vcpu = self._pool[key] = (vm, Vcpu(vm, case.profile))
+        for slot, data in ram.items():
+            vm.ram[slot][:] = data
+        for name in _SET_ORDER:
+            if name in saved:
+                self._vcpu.put(name, saved[name])
+        if self._sync:
+            self._vcpu.sync_enable(self._sync_mask)
+
+    # --- memory ---
+
+    def memory_diff(self, pages: Pages, ignore: Mapping[int, int]) -> list[MemoryDiff]:
+        """Where RAM differs from the Case's initial contents overlaid with ``pages``, bits of ``ignore`` left aside."""
+        assert self._vm is not None
+        assert self._case is not None
+        out: list[MemoryDiff] = []
+        for slot, ram in self._vm.ram.items():
+            image = self._case.memory.image(slot)
+            inside = {gpa - slot.gpa: data for gpa, data in pages.items() if slot.gpa <= gpa < slot.gpa + slot.size}
+            if not inside:
+                if _memcmp(self._vm.address[slot], image, slot.size):
+                    out += _byte_diff(slot.gpa, image, ram[:], ignore)
+                continue
+            expected = bytearray(image)
+            for offset, data in inside.items():
+                expected[offset : offset + PAGE] = data
+            if _memcmp(self._vm.address[slot], bytes(expected), slot.size):
+                out += _byte_diff(slot.gpa, bytes(expected), ram[:], ignore)
+        return out
+
+    def pages(self) -> dict[int, bytes]:
+        """Pages of RAM that differ from the Case's initial contents."""
+        assert self._vm is not None
+        assert self._case is not None
+        out = {}
+        for slot, ram in self._vm.ram.items():
+            image = self._case.memory.image(slot)
+            for offset in range(0, slot.size, PAGE):
+                data = ram[offset : offset + PAGE]
+                if data != image[offset : offset + PAGE]:
+                    out[slot.gpa + offset] = data
+        return out
+
+
+# Order in which a start state is written: CPUID-dependent controls first, registers last.
+_SET_ORDER: Final = ("xcr0", "sregs2", "sregs", "msrs", "debugregs", "pkru", "egpr", "events", "regs")
+
+
+def _byte_diff(gpa: int, expected: bytes, got: bytes, ignore: Mapping[int, int]) -> list[MemoryDiff]:
+    out: list[MemoryDiff] = []
+    offset = 0
+    size = len(expected)
+    while offset < size:
+        if expected[offset : offset + PAGE] == got[offset : offset + PAGE]:
+            offset += PAGE
+            continue
+        end = min(offset + PAGE, size)
+        while offset < end:
+            if (expected[offset] ^ got[offset]) & ~ignore.get(gpa + offset, 0):
+                stop = min(offset + 16, size)
+                out.append(MemoryDiff(gpa + offset, expected[offset:stop], got[offset:stop]))
+                offset = stop
+            else:
+                offset += 1
+    return out
+
+
+def u64(data: bytes, offset: int = 0) -> int:
+    """A little-endian 64-bit value."""
+    return int(struct.unpack_from("<Q", data, offset)[0])

@@ -1,0 +1,474 @@
+"""Kvm, Vm, Vcpu: who owns which file descriptor, memory slot and mapped kvm_run. All are context managers.
+
+Every KVM_RUN has a time limit.  A watchdog thread sets ``kvm_run.immediate_exit`` and signals the running thread, the
+way Documentation/virt/kvm/api.rst section 5 ("immediate_exit") wants a vCPU kicked without a race; it also ends a
+guest that never leaves KVM_RUN by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from harness import kvm_ioctl as k
+from harness.case import Memory, Slot, VmShape
+from harness.cpuid import CpuidEntry, CpuProfile
+from harness.kvm_ioctl import ioctl
+
+DEFAULT_DEVICE: Final = Path("/dev/kvm")
+API_VERSION: Final = 12
+RUN_LIMIT: Final = 5.0
+"""Seconds that one KVM_RUN may take. The longest guest of the suite takes milliseconds, minutes are a hang."""
+
+_KICK: Final = signal.SIGRTMIN + 3
+_XSAVE_HEADER: Final = 512
+_APX, _PKRU = 19, 9
+
+
+class KvmUnusableError(Exception):
+    """There is no usable KVM behind a path; the text says why and what to do. Exit status 3."""
+
+
+class RunTimeoutError(Exception):
+    """The guest did not leave KVM_RUN within its time limit."""
+
+
+class _Watchdog:
+    """Ends KVM_RUNs that outlive their deadline. One thread for the process, started at first use."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: dict[int, tuple[float, Vcpu]] = {}
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+
+    def prepare(self) -> None:
+        """Install the kick's (empty) handler and start the thread; again after a fork."""
+        if self._pid == os.getpid():
+            return
+        with self._lock:
+            if self._pid == os.getpid():
+                return
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(_KICK, lambda *_: None)
+            self._runs.clear()
+            self._thread = threading.Thread(target=self._watch, name="kvm-watchdog", daemon=True)
+            self._thread.start()
+            self._pid = os.getpid()
+
+    def enter(self, vcpu: Vcpu, limit: float) -> None:
+        self._runs[threading.get_ident()] = (time.monotonic() + limit, vcpu)
+
+    def leave(self) -> None:
+        self._runs.pop(threading.get_ident(), None)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(0.05)
+            now = time.monotonic()
+            for ident, (deadline, vcpu) in list(self._runs.items()):
+                if now > deadline:
+                    vcpu.expire()
+                    with suppress(ProcessLookupError):
+                        signal.pthread_kill(ident, _KICK)
+
+
+_WATCHDOG: Final = _Watchdog()
+
+
+class _Owner:
+    """Base of what owns a file descriptor."""
+
+    fd: int
+
+    def close(self) -> None:
+        """Give everything back. Calling it twice does nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Kvm(_Owner):
+    """An open KVM device.
+
+    Raises KvmUnusableError when the device is missing, may not be opened, is no KVM, or speaks another API version.
+    """
+
+    def __init__(self, device: Path | str = DEFAULT_DEVICE) -> None:
+        self.fd = -1
+        self.device = Path(device)
+        try:
+            self.fd = os.open(self.device, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise KvmUnusableError(_cannot_open(self.device, error)) from error
+        try:
+            version = ioctl(self.fd, k.KVM_GET_API_VERSION)
+        except k.KvmError as error:
+            self.close()
+            raise KvmUnusableError(
+                f"{self.device}: not a KVM device (KVM_GET_API_VERSION: {errno.errorcode.get(error.errno or 0)}); "
+                "give --kvm-device the path of one, usually /dev/kvm"
+            ) from error
+        if version != API_VERSION:
+            self.close()
+            raise KvmUnusableError(
+                f"{self.device}: KVM API version {version}, not {API_VERSION}: use a kernel since 2.6.22"
+            )
+
+    def capability(self, number: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 when it is not there."""
+        return ioctl(self.fd, k.KVM_CHECK_EXTENSION, number)
+
+    @cached_property
+    def mmap_size(self) -> int:
+        """Bytes of a vCPU's shared mapping (kvm_run, PIO page, coalesced ring)."""
+        return ioctl(self.fd, k.KVM_GET_VCPU_MMAP_SIZE)
+
+    @cached_property
+    def xsave_size(self) -> int:
+        """Bytes of a KVM_GET_XSAVE2 buffer for a VM without guest permissions beyond the default."""
+        return max(self.capability(k.KVM_CAP_XSAVE2), 4096)
+
+    @cached_property
+    def sync_fields(self) -> int:
+        """KVM_SYNC_X86_* fields that this KVM synchronizes (KVM_CAP_SYNC_REGS)."""
+        return self.capability(k.KVM_CAP_SYNC_REGS)
+
+    def supported_cpuid(self) -> CpuProfile:
+        """KVM_GET_SUPPORTED_CPUID as a profile."""
+        n = 64
+        while True:
+            buffer = k.cpuid2(n)
+            try:
+                ioctl(self.fd, k.KVM_GET_SUPPORTED_CPUID, buffer)
+            except k.KvmError as error:
+                if error.errno != errno.E2BIG or n > 4096:
+                    raise
+                n *= 2
+                continue
+            rows = (buffer.entries[i] for i in range(buffer.nent))
+            return CpuProfile(
+                tuple(CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in rows)
+            )
+
+    def msr_indices(self) -> tuple[int, ...]:
+        """MSRs that can be saved and restored (KVM_GET_MSR_INDEX_LIST)."""
+        probe = k.msr_list(0)
+        with suppress(k.KvmError):
+            ioctl(self.fd, k.KVM_GET_MSR_INDEX_LIST, probe)
+        buffer = k.msr_list(probe.nmsrs)
+        ioctl(self.fd, k.KVM_GET_MSR_INDEX_LIST, buffer)
+        return tuple(buffer.indices[: buffer.nmsrs])
+
+
+def _cannot_open(device: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return (
+            f"{device}: no such device (load kvm_amd or kvm_intel, enable virtualization in the firmware, "
+            "or run in the QEMU image)"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{device}: permission denied (add yourself to group kvm and log in again, or run as root)"
+    return f"{device}: cannot be opened: {error.strerror}"
+
+
+class Vm(_Owner):
+    """A virtual machine of a given shape: its slots are mapped, its interrupt controller made.
+
+    Raises KvmError naming the ioctl that failed.
+    """
+
+    def __init__(self, kvm: Kvm, shape: VmShape = VmShape()) -> None:  # noqa: B008 -- frozen
+        self.kvm, self.shape = kvm, shape
+        self.ram: dict[Slot, mmap.mmap] = {}
+        self.address: dict[Slot, int] = {}
+        self.fd = ioctl(kvm.fd, k.KVM_CREATE_VM, 0)
+        try:
+            self._set_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self) -> None:
+        # VMX without unrestricted guest needs both below 4 GiB and outside RAM; elsewhere they do nothing.
+        with suppress(k.KvmError):
+            ioctl(self.fd, k.KVM_SET_IDENTITY_MAP_ADDR, 0xFFFBC000)
+        with suppress(k.KvmError):
+            ioctl(self.fd, k.KVM_SET_TSS_ADDR, 0xFFFBD000)
+        for number, args in self.shape.caps:
+            self.enable_capability(number, *args)
+        if self.shape.irqchip == "split":
+            self.enable_capability(k.KVM_CAP_SPLIT_IRQCHIP, 24)
+        elif self.shape.irqchip == "full":
+            ioctl(self.fd, k.KVM_CREATE_IRQCHIP)
+        for number, slot in enumerate(self.shape.slots):
+            ram = mmap.mmap(-1, slot.size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+            self.ram[slot] = ram
+            self.address[slot] = ctypes.addressof(ctypes.c_char.from_buffer(ram))
+            region = k.kvm_userspace_memory_region(
+                slot=number, guest_phys_addr=slot.gpa, memory_size=slot.size, userspace_addr=self.address[slot]
+            )
+            ioctl(self.fd, k.KVM_SET_USER_MEMORY_REGION, region)
+
+    def enable_capability(self, number: int, *args: int) -> None:
+        """KVM_ENABLE_CAP on the VM."""
+        request = k.kvm_enable_cap(cap=number)
+        for i, value in enumerate(args):
+            request.args[i] = value
+        ioctl(self.fd, k.KVM_ENABLE_CAP, request)
+
+    def load(self, memory: Memory) -> None:
+        """Lay the initial contents over all of RAM."""
+        for slot, ram in self.ram.items():
+            ram[:] = memory.image(slot)
+
+    def close(self) -> None:
+        super().close()
+        self.address.clear()
+        for ram in self.ram.values():
+            with suppress(BufferError):
+                ram.close()
+        self.ram.clear()
+
+
+class Vcpu(_Owner):
+    """One vCPU with its mapped kvm_run. ``get`` and ``put`` move the sections of harness/state.py."""
+
+    def __init__(self, vm: Vm, profile: CpuProfile | None = None, number: int = 0) -> None:
+        self.vm, self.kvm, self.profile = vm, vm.kvm, profile
+        self.fd = ioctl(vm.fd, k.KVM_CREATE_VCPU, number)
+        self._mapping = mmap.mmap(self.fd, vm.kvm.mmap_size)
+        self.run_page = k.kvm_run.from_buffer(self._mapping)
+        self._sync = memoryview(self._mapping)[k.kvm_run.s.offset :]
+        self._expired = False
+        self._xsave = k.xsave(vm.kvm.xsave_size)
+        self._buffers = {name: type_() for name, (_, _, type_) in _STRUCTURES.items()}
+        self._egpr_offset = profile.xsave_offset(_APX) if profile else None
+        self._pkru_offset = profile.xsave_offset(_PKRU) if profile else None
+        _WATCHDOG.prepare()
+        try:
+            if profile is not None:
+                self.set_cpuid(profile)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._sync.release()
+        super().close()  # the mapping goes with the last reference to run_page
+
+    def set_cpuid(self, profile: CpuProfile) -> None:
+        """KVM_SET_CPUID2."""
+        buffer = k.cpuid2(len(profile.cpuid))
+        for i, e in enumerate(profile.cpuid):
+            row = buffer.entries[i]
+            row.function, row.index, row.flags = e.function, e.index, e.flags
+            row.eax, row.ebx, row.ecx, row.edx = e.eax, e.ebx, e.ecx, e.edx
+        ioctl(self.fd, k.KVM_SET_CPUID2, buffer)
+
+    # --- running ---
+
+    def expire(self) -> None:
+        """Called by the watchdog: the next or current KVM_RUN is to end with RunTimeoutError."""
+        self._expired = True
+        self.run_page.immediate_exit = 1
+
+    def run(self, limit: float = RUN_LIMIT) -> int:
+        """KVM_RUN until an exit to userspace; returns its exit_reason.
+
+        Raises RunTimeoutError after ``limit`` seconds, KvmError for EIO (the kernel killed the VM) and the like.
+        """
+        _WATCHDOG.enter(self, limit)
+        try:
+            while True:
+                try:
+                    ioctl(self.fd, k.KVM_RUN)
+                    return self.run_page.exit_reason
+                except (InterruptedError, BlockingIOError):
+                    if self._expired:
+                        self._expired = False
+                        self.run_page.immediate_exit = 0
+                        raise RunTimeoutError(f"the guest did not leave KVM_RUN within {limit:g} s") from None
+        finally:
+            _WATCHDOG.leave()
+
+    def complete(self, limit: float = RUN_LIMIT) -> int | None:
+        """Complete the pending operation without running on. None, or the reason of a further exit that it led to.
+
+        api.rst section 5: "the corresponding operations are complete (and guest state is consistent) only after
+        userspace has re-entered the kernel with KVM_RUN".
+        """
+        _WATCHDOG.enter(self, limit)
+        self.run_page.immediate_exit = 1
+        try:
+            ioctl(self.fd, k.KVM_RUN)
+            return self.run_page.exit_reason
+        except InterruptedError:
+            if self._expired:
+                self._expired = False
+                raise RunTimeoutError(f"completing an exit took over {limit:g} s") from None
+            return None
+        finally:
+            self.run_page.immediate_exit = 0
+            _WATCHDOG.leave()
+
+    def io_data(self, offset: int, size: int) -> memoryview:
+        """The bytes of a port I/O exit inside the shared mapping."""
+        return memoryview(self._mapping)[offset : offset + size]
+
+    # --- state ---
+
+    def sync_enable(self, fields: int) -> None:
+        """KVM_CAP_SYNC_REGS: KVM stores these fields into kvm_run at every exit."""
+        self.run_page.kvm_valid_regs = fields
+
+    def sync_get(self, name: str) -> bytes:
+        """A section as KVM stored it into kvm_run at the last exit."""
+        offset, size, _ = SYNC[name]
+        return bytes(self._sync[offset : offset + size])
+
+    def sync_put(self, name: str, data: bytes) -> None:
+        """Set a section through kvm_run at the next KVM_RUN."""
+        offset, size, bit = SYNC[name]
+        self._sync[offset : offset + size] = data
+        self.run_page.kvm_dirty_regs |= bit
+
+    def get(self, name: str) -> bytes:
+        """Read a section. KvmError when this KVM cannot; KeyError for a name not in harness.state.SECTIONS."""
+        if name in _STRUCTURES:
+            buffer = self._buffers[name]
+            ioctl(self.fd, _STRUCTURES[name][0], buffer)
+            return bytes(buffer)
+        return _GETTERS[name](self)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a section (the inverse of :meth:`get`)."""
+        if name in _STRUCTURES:
+            buffer = self._buffers[name]
+            ctypes.memmove(ctypes.addressof(buffer), data, len(data))
+            ioctl(self.fd, _STRUCTURES[name][1], buffer)
+            return
+        _SETTERS[name](self, data)
+
+    def get_msrs(self, indices: tuple[int, ...]) -> bytes:
+        """Pairs (index, value) of u64 for the MSRs asked for. LookupError names the first that KVM refused."""
+        buffer = k.msrs(len(indices))
+        for i, index in enumerate(indices):
+            buffer.entries[i].index = index
+        got = ioctl(self.fd, k.KVM_GET_MSRS, buffer)
+        if got != len(indices):
+            raise LookupError(f"KVM_GET_MSRS refused MSR {indices[got]:#x}")
+        return b"".join(struct.pack("<QQ", buffer.entries[i].index, buffer.entries[i].data) for i in range(got))
+
+    def put_msrs(self, data: bytes) -> None:
+        """Set MSRs from pairs as :meth:`get_msrs` returns them. LookupError names the first that KVM refused."""
+        values = list(struct.iter_unpack("<QQ", data))
+        if not values:
+            return
+        buffer = k.msrs(len(values))
+        for i, (index, value) in enumerate(values):
+            buffer.entries[i].index, buffer.entries[i].data = index, value
+        done = ioctl(self.fd, k.KVM_SET_MSRS, buffer)
+        if done != len(values):
+            raise LookupError(f"KVM_SET_MSRS refused MSR {values[done][0]:#x} = {values[done][1]:#x}")
+
+    def _get_xcr0(self) -> bytes:
+        buffer = k.kvm_xcrs()
+        ioctl(self.fd, k.KVM_GET_XCRS, buffer)
+        return struct.pack("<Q", buffer.xcrs[0].value if buffer.nr_xcrs else 1)
+
+    def _put_xcr0(self, data: bytes) -> None:
+        buffer = k.kvm_xcrs(nr_xcrs=1)
+        buffer.xcrs[0].value = struct.unpack("<Q", data)[0]
+        ioctl(self.fd, k.KVM_SET_XCRS, buffer)
+
+    def _read_xsave(self) -> bytearray:
+        big = self.kvm.xsave_size > 4096 or self.kvm.capability(k.KVM_CAP_XSAVE2)
+        ioctl(self.fd, k.KVM_GET_XSAVE2 if big else k.KVM_GET_XSAVE, self._xsave)
+        return bytearray(self._xsave)
+
+    def _get_component(self, component: int, offset: int | None, size: int) -> bytes:
+        if offset is None:
+            return bytes(size)
+        area = self._read_xsave()
+        present = struct.unpack_from("<Q", area, _XSAVE_HEADER)[0] >> component & 1
+        return bytes(area[offset : offset + size]) if present else bytes(size)
+
+    def _put_component(self, component: int, offset: int | None, data: bytes) -> None:
+        if offset is None:
+            if any(data):
+                raise LookupError(f"XSAVE component {component} is not enumerated by this profile")
+            return
+        area = self._read_xsave()
+        area[offset : offset + len(data)] = data
+        bits = struct.unpack_from("<Q", area, _XSAVE_HEADER)[0] | 1 << component
+        struct.pack_into("<Q", area, _XSAVE_HEADER, bits)
+        ctypes.memmove(ctypes.addressof(self._xsave), bytes(area), len(area))
+        ioctl(self.fd, k.KVM_SET_XSAVE, self._xsave)
+
+    def _get_ssp(self) -> bytes:
+        value = ctypes.c_uint64()
+        reg = k.kvm_one_reg(id=k.KVM_X86_REG_KVM(k.KVM_REG_GUEST_SSP), addr=ctypes.addressof(value))
+        ioctl(self.fd, k.KVM_GET_ONE_REG, reg)
+        return struct.pack("<Q", value.value)
+
+    def _put_ssp(self, data: bytes) -> None:
+        value = ctypes.c_uint64(struct.unpack("<Q", data)[0])
+        reg = k.kvm_one_reg(id=k.KVM_X86_REG_KVM(k.KVM_REG_GUEST_SSP), addr=ctypes.addressof(value))
+        ioctl(self.fd, k.KVM_SET_ONE_REG, reg)
+
+
+# Section -> (get, set, structure)
+_STRUCTURES: Final[Mapping[str, tuple[int, int, type[ctypes.Structure]]]] = {
+    "regs": (k.KVM_GET_REGS, k.KVM_SET_REGS, k.kvm_regs),
+    "sregs": (k.KVM_GET_SREGS, k.KVM_SET_SREGS, k.kvm_sregs),
+    "sregs2": (k.KVM_GET_SREGS2, k.KVM_SET_SREGS2, k.kvm_sregs2),
+    "events": (k.KVM_GET_VCPU_EVENTS, k.KVM_SET_VCPU_EVENTS, k.kvm_vcpu_events),
+    "debugregs": (k.KVM_GET_DEBUGREGS, k.KVM_SET_DEBUGREGS, k.kvm_debugregs),
+}
+_GETTERS: Final[Mapping[str, Callable[[Vcpu], bytes]]] = {
+    "xcr0": Vcpu._get_xcr0,
+    "egpr": lambda v: v._get_component(_APX, v._egpr_offset, 128),
+    "pkru": lambda v: v._get_component(_PKRU, v._pkru_offset, 4),
+    "ssp": Vcpu._get_ssp,
+}
+_SETTERS: Final[Mapping[str, Callable[[Vcpu, bytes], None]]] = {
+    "xcr0": Vcpu._put_xcr0,
+    "egpr": lambda v, d: v._put_component(_APX, v._egpr_offset, d),
+    "pkru": lambda v, d: v._put_component(_PKRU, v._pkru_offset, d),
+    "msrs": Vcpu.put_msrs,
+    "ssp": Vcpu._put_ssp,
+}
+# Section -> (offset in kvm_run.s, size, KVM_SYNC_X86_*)
+SYNC: Final[Mapping[str, tuple[int, int, int]]] = {
+    name: (getattr(k.kvm_sync_regs, field).offset, getattr(k.kvm_sync_regs, field).size, bit)
+    for name, field, bit in (
+        ("regs", "regs", k.KVM_SYNC_X86_REGS),
+        ("sregs", "sregs", k.KVM_SYNC_X86_SREGS),
+        ("events", "events", k.KVM_SYNC_X86_EVENTS),
+    )
+}
+
+
+def memory_ranges(vm: Vm) -> Iterator[tuple[int, int, mmap.mmap]]:
+    """(guest-physical start, host address, mapping) of every slot."""
+    for slot, ram in vm.ram.items():
+        yield slot.gpa, vm.address[slot], ram
