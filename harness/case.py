@@ -215,7 +215,7 @@ class Case:
     def id(self) -> str:
         """First 12 hex digits of the SHA-256 of everything that decides what happens (``origin`` does not)."""
         h = hashlib.sha256()
-        start = {k: v for k, v in self.start.flat().items()}
+        start = self.start.flat()
         body = {
             "format": FORMAT, "name": self.name, "memory": self.memory.digest, "start": start,
             "profile": profile_digest(self.profile), "shape": shape_json(self.shape),

@@ -33,7 +33,9 @@ CR4_BITS: Final = {
     10: "OSXMMEXCPT", 11: "UMIP", 12: "LA57", 13: "VMXE", 14: "SMXE", 16: "FSGSBASE", 17: "PCIDE", 18: "OSXSAVE",
     20: "SMEP", 21: "SMAP", 22: "PKE", 23: "CET", 24: "PKS", 25: "UINTR", 28: "LAM_SUP", 32: "FRED",
 }  # fmt: skip
-EFER_BITS: Final = {0: "SCE", 8: "LME", 10: "LMA", 11: "NX", 12: "SVME", 13: "LMSLE", 14: "FFXSR", 15: "TCE", 21: "AIBRSE"}
+EFER_BITS: Final = {
+    0: "SCE", 8: "LME", 10: "LMA", 11: "NX", 12: "SVME", 13: "LMSLE", 14: "FFXSR", 15: "TCE", 21: "AIBRSE",
+}  # fmt: skip
 XCR0_BITS: Final = {
     0: "X87", 1: "SSE", 2: "AVX", 3: "BNDREGS", 4: "BNDCSR", 5: "OPMASK", 6: "ZMM_Hi256", 7: "Hi16_ZMM", 9: "PKRU",
     17: "TILECFG", 18: "TILEDATA", 19: "APX",
@@ -154,7 +156,7 @@ class CpuState:
     events: Events = Events()
 
     def flat(self) -> dict[str, int]:
-        """Every register under its flat name: ``rax``, ``cs.base``, ``gdtr.limit``, ``pdptr2``, ``dr7``, ``msr.star``."""
+        """Every register under its flat name: ``rax``, ``cs.base``, ``gdtr.limit``, ``pdptr2``, ``msr.star``."""
         out = dict(zip(GPR_NAMES, self.gpr, strict=True))
         out["rip"] = self.rip
         out["rflags"] = self.rflags
@@ -240,7 +242,7 @@ def msr_index(flat_name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FieldDiff:
-    """One register that differs. ``bits`` names the flag or control bits in ``xor`` where the register has named bits."""
+    """One register that differs. ``bits`` names the bits in ``xor`` where the register has named bits."""
 
     name: str
     expected: int
@@ -394,7 +396,9 @@ def unpack_debugregs(data: bytes) -> dict[str, Any]:
 def unpack_events(data: bytes) -> dict[str, Any]:
     """CpuState fields held by ``struct kvm_vcpu_events``. What is stale (the number of no exception) reads as zero."""
     (injected, nr, has_error, pending, error, int_injected, int_nr, soft, shadow,
-     _nmi_injected, nmi_pending, nmi_masked, _sipi, _flags, smm, _, _, _, triple, _, _) = _EVENTS.unpack_from(data)  # fmt: skip
+     _nmi_injected, nmi_pending, nmi_masked, _sipi, _flags, smm, _, _, _, triple, _, _) = (
+        _EVENTS.unpack_from(data)
+    )  # fmt: skip
     some = bool(injected or pending)
     return {
         "events": Events(

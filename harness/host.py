@@ -1,0 +1,222 @@
+"""What this machine's KVM can really do, found by trying it. For foreign hosts only: in the lab profiles are checked in.
+
+A probe asks "can this host run it at all?": whether the guest reaches its HLT, or KVM says it lacks the instruction.
+Never whether a value is right: a wrong value is a defect, not a limit.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from harness import kvm_ioctl as k
+from harness.case import Blob, Case, Memory, Observation, Run, Step
+from harness.cpuid import CpuidEntry, CpuProfile
+from harness.exits import Debug, Exit, Halt, InternalError, Io
+from harness.lockstep import Difference
+from harness.machine import KvmMachine
+from harness.modes import CODE_BASE, MODES, setup
+from harness.state import unpack_sections
+from harness.vm import Kvm
+
+PROBE_LIMIT: Final = 0.3
+"""Seconds a probe guest may take; each is a handful of instructions."""
+
+PARAMETERS: Final = ("npt", "nested", "vgif", "avic", "ept", "unrestricted_guest", "force_emulation_prefix", "tdp_mmu")
+_DYNAMIC: Final = {(1, 0): {"ebx": 0x00FFFFFF, "ecx": ~(1 << 27)}, (7, 0): {"ecx": ~(1 << 4)}}
+
+
+@dataclass
+class Host:
+    """A KVM host and its probed limits. Probes run at first need and are remembered."""
+
+    kvm: Kvm
+    _machine: KvmMachine | None = None
+    _lacks: dict[tuple[str, bytes], bool] = field(default_factory=dict)
+
+    @cached_property
+    def kernel(self) -> str:
+        """Kernel release (uname -r)."""
+        return platform.release()
+
+    @cached_property
+    def module(self) -> str:
+        """The vendor module behind /dev/kvm: kvm_amd, kvm_intel, another kvm_*, or ``built-in``."""
+        found = sorted(p.name for p in Path("/sys/module").glob("kvm_*"))
+        return found[0] if found else "built-in"
+
+    @cached_property
+    def parameters(self) -> dict[str, str]:
+        """Parameters of the KVM modules that open other code paths."""
+        out = {}
+        for module in ("kvm", self.module):
+            for name in PARAMETERS:
+                try:
+                    out[f"{module}.{name}"] = Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
+                except OSError:
+                    continue
+        return out
+
+    @cached_property
+    def profile(self) -> CpuProfile:
+        """What guests of the suite see: the supported CPUID without what depends on the CPU it is asked on."""
+        rows = []
+        for e in self.kvm.supported_cpuid().cpuid:
+            masks = _DYNAMIC.get((e.function, e.index), {})
+            regs = {r: getattr(e, r) & masks.get(r, 0xFFFFFFFF) & 0xFFFFFFFF for r in ("eax", "ebx", "ecx", "edx")}
+            rows.append(CpuidEntry(e.function, e.index, e.flags, **regs))
+        return CpuProfile(tuple(rows))
+
+    def describe(self) -> str:
+        """One line for headers and reports."""
+        extra = " ".join(f"{name}={value}" for name, value in self.parameters.items())
+        vendor = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(self.profile.vendor, self.profile.vendor)
+        return f"Linux {self.kernel}, {self.module}" + (f" ({extra})" if extra else "") + f", {vendor} guest CPUID"
+
+    # --- probes ---
+
+    def _run(self, mode: str, code: bytes, *, step: bool = False) -> list[Observation]:
+        if self._machine is None:
+            self._machine = KvmMachine(self.kvm, limit=PROBE_LIMIT)
+        start = setup(mode, entry=CODE_BASE, profile=self.profile)
+        case = Case(
+            f"probe/{code.hex()}@{mode}", Memory((*start.blobs, Blob(CODE_BASE, code))), start.state, self.profile,
+            bits=start.bits, actions=(Step(1) if step else Run(4),),
+        )  # fmt: skip
+        self._machine.load(case)
+        return list(self._machine.apply(case.actions[0]))
+
+    def _probe(self, mode: str, code: bytes, *, step: bool = False) -> Exit | str:
+        try:
+            return self._run(mode, code, step=step)[-1].exit
+        except (k.KvmError, LookupError) as error:
+            return str(error)
+
+    @cached_property
+    def modes(self) -> dict[str, str]:
+        """Mode -> "" when a guest that moves a value and halts runs in it, else what happened instead."""
+        out = {}
+        for mode in MODES:
+            bad = self.feature_missing(mode)
+            if not bad:
+                seen = self._probe(mode, b"\x90\xb0\x5a\xf4")  # nop; mov al, 0x5a; hlt (CPL3: #GP, whose stub halts)
+                bad = "" if isinstance(seen, Halt) else f"a guest of three instructions ends in {seen}"
+            out[mode] = bad
+        return out
+
+    def feature_missing(self, mode: str) -> str:
+        """Why the guest CPUID rules ``mode`` out, or an empty string."""
+        wide = "lm" if "long" in mode or "compat" in mode else ""
+        need = {"long5": "la57", "pse": "pse", "pae": "pae"}.get(mode, wide)
+        return f"no {need} in the guest CPUID" if need and need not in self.profile.features else ""
+
+    @cached_property
+    def single_step(self) -> dict[str, bool]:
+        """Mode -> KVM_GUESTDBG_SINGLESTEP stops after one instruction."""
+        usable = [mode for mode, bad in self.modes.items() if not bad]
+        return {mode: isinstance(self._probe(mode, b"\x90\xf4", step=True), Debug) for mode in usable}
+
+    @cached_property
+    def traits(self) -> dict[str, str]:
+        """Named behaviours a Case may require -> "" when present, else what the probe saw."""
+        out = {}
+        if not self.modes.get("long-user", "absent"):
+            seen = self._probe("long-user", b"\xe6\x10\xf4")  # out 0x10, al at CPL3 with IOPL 0: must be #GP
+            out["iopl-at-long-cpl3"] = "OUT at CPL3 with IOPL 0 is executed" if isinstance(seen, Io) else ""
+            seen_reg = self._first_rip("long-user", b"\x8c\xc8\xf4")  # mov eax, cs
+            want = setup("long-user", entry=CODE_BASE, profile=self.profile).state.cs.selector
+            out["selectors-at-long-cpl3"] = "" if seen_reg & 0xFFFF == want else "MOV from CS shows the host's selector"
+            cpuid = self._first_rip("long-user", b"\xb8\x01\x00\x00\x00\x31\xc9\x0f\xa2\xf4")
+            leaf = self.profile.leaf(1)
+            same = leaf is not None and cpuid & 0xFFFFFFFF == leaf.eax
+            out["cpuid-at-long-cpl3"] = "" if same else "CPUID shows the host's leaves"
+        return out
+
+    def _first_rip(self, mode: str, code: bytes) -> int:
+        """RAX where the guest stops."""
+        try:
+            seen = self._run(mode, code)[-1]
+        except (k.KvmError, LookupError):
+            return -1
+        return unpack_sections(seen.sections).gpr[0] if seen.sections else -1
+
+    def lacks(self, mode: str, code: bytes) -> bool:
+        """True when a guest of nothing but this instruction ends in KVM's own word that it cannot emulate it."""
+        key = (mode, code)
+        if key not in self._lacks:
+            seen = self._probe(mode, code)
+            self._lacks[key] = isinstance(seen, InternalError) and seen.suberror == k.KVM_INTERNAL_ERROR_EMULATION
+        return self._lacks[key]
+
+    # --- judging a Case ---
+
+    def unsupported(self, case: Case) -> str:
+        """Why this host cannot run ``case`` at all, or an empty string."""
+        for need in sorted(case.requires):
+            kind, _, what = need.partition(":")
+            if kind == "mode":
+                if bad := self.modes.get(what, "no such mode"):
+                    return f"mode {what}: {bad}"
+            elif kind == "trait":
+                if bad := self.traits.get(what, ""):
+                    return f"{what}: {bad}"
+            elif need not in self.profile.features:
+                return f"no {need} in the guest CPUID"
+        return ""
+
+    def excuse(self, case: Case, difference: Difference) -> str:
+        """Why a difference is a limit of this host, shown by a probe, or an empty string: then it is a defect."""
+        got = difference.got.exit if difference.got is not None else None
+        if isinstance(got, InternalError) and got.suberror == k.KVM_INTERNAL_ERROR_EMULATION and got.code:
+            mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
+            if self.lacks(mode, got.code):
+                return f"this KVM's emulator lacks {_instruction(got.code)} in {mode}"
+        return ""
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Everything ``kvm-harness probe`` shows."""
+        return {
+            "kernel": self.kernel,
+            "module": self.module,
+            "parameters": self.parameters,
+            "device": str(self.kvm.device),
+            "capabilities": {
+                name: value
+                for number, name in sorted(k.CAP_NAMES.items())
+                if (value := self.kvm.capability(number))
+            },
+            "vendor": self.profile.vendor,
+            "features": sorted(self.profile.features),
+            "maxphyaddr": self.profile.maxphyaddr,
+            "modes": self.modes,
+            "single_step": self.single_step,
+            "traits": self.traits,
+            "apx": "apx" in self.profile.features,
+            "root": os.geteuid() == 0,
+        }
+
+    def close(self) -> None:
+        """Close the probes' VMs."""
+        if self._machine is not None:
+            self._machine.close()
+            self._machine = None
+
+
+_PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+
+
+def _instruction(code: bytes) -> str:
+    """The opcode of an instruction, for grouping: legacy prefixes that select an instruction, escape and opcode."""
+    at = 0
+    while at < len(code) - 1 and code[at] in _PREFIXES:
+        at += 1
+    mandatory = "".join(f"{b:02x} " for b in sorted(set(code[:at])) if b in (0xF2, 0xF3))
+    while at < len(code) - 1 and 0x40 <= code[at] <= 0x4F and code[at + 1] == 0x0F:
+        at += 1
+    size = 1 if code[at] != 0x0F else 3 if code[at + 1] in (0x38, 0x3A) else 2
+    return mandatory + code[at : at + size].hex(" ")
