@@ -1,0 +1,104 @@
+"""The journal: whole lines, one run a folder, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from harness.journal import NAME, Journal, JournalError, read_journal
+
+
+def test_what_is_appended_is_read_back(tmp_path):
+    journal = Journal(tmp_path / "a" / "b", {"host": "h"})
+    journal.append({"case": "x"})
+    journal.close()
+    header, record = read_journal(tmp_path / "a" / "b")
+    assert header["host"] == "h"
+    assert record == {"case": "x"}
+
+
+def test_second_run_into_the_same_folder_is_refused_while_the_first_is_open(tmp_path):
+    journal = Journal(tmp_path, {})
+    with pytest.raises(JournalError, match="another run is writing there") as error:
+        Journal(tmp_path, {})
+    assert error.value.status == 2
+    journal.close()
+
+
+def test_folder_with_results_is_refused(tmp_path):
+    Journal(tmp_path, {}).close()
+    with pytest.raises(JournalError, match="earlier run"):
+        Journal(tmp_path, {})
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="give another --out"):
+        Journal(tmp_path / "file", {})
+
+
+def test_torn_last_line_is_dropped(tmp_path):
+    journal = Journal(tmp_path, {})
+    journal.append({"case": "x"})
+    journal.close()
+    with (tmp_path / NAME).open("a") as f:
+        f.write('{"case": "y", "ver')
+    assert [r.get("case") for r in read_journal(tmp_path)] == [None, "x"]
+
+
+def test_damage_before_the_last_line_is_said(tmp_path):
+    Journal(tmp_path, {}).close()
+    with (tmp_path / NAME).open("a") as f:
+        f.write("garbage\n{}\n")
+    with pytest.raises(JournalError, match=":2: damaged"):
+        list(read_journal(tmp_path))
+
+
+def test_missing_journal_is_said(tmp_path):
+    with pytest.raises(JournalError, match="give the --out folder of a run"):
+        list(read_journal(tmp_path / "none"))
+
+
+def test_foreign_file_is_no_journal(tmp_path):
+    (tmp_path / NAME).write_text('{"x": 1}\n')
+    with pytest.raises(JournalError, match="not a journal"):
+        list(read_journal(tmp_path))
+
+
+def test_killed_writer_leaves_every_finished_line(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from harness.journal import Journal\n"
+        "j = Journal(Path(sys.argv[1]), {})\n"
+        "for n in range(100): j.append({'case': n})\n"
+        "print('ready', flush=True)\n"
+        "while True: j.append({'case': 'more'})\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        os.kill(child.pid, signal.SIGKILL)
+    cases = [r["case"] for r in list(read_journal(tmp_path))[1:]]
+    assert cases[:100] == list(range(100))
+
+
+def test_full_disk_keeps_what_was_written(tmp_path):
+    """A file-size limit stands in for the full device: the write comes up short in the same way (ENOSPC, EFBIG)."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from harness.journal import Journal, JournalError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+        "j = Journal(Path(sys.argv[1]), {})\n"
+        "try:\n"
+        "    for n in range(100): j.append({'case': n})\n"
+        "except JournalError as e: print(e, e.status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "finished results are kept" in done.stdout
+    assert done.stdout.strip().endswith("4")
+    cases = [r["case"] for r in list(read_journal(tmp_path))[1:]]
+    assert cases == list(range(len(cases)))
+    assert len(cases) > 5
+    assert (tmp_path / NAME).read_text().endswith("\n")
+    json.loads((tmp_path / NAME).read_text().splitlines()[-1])

@@ -1,0 +1,153 @@
+"""CpuState: names, byte layouts, difference."""
+
+import ctypes
+import random
+
+import pytest
+
+from harness import kvm_ioctl as k
+from harness.state import (
+    GPR_NAMES,
+    SECTIONS,
+    SEGMENT_NAMES,
+    SIZEOF,
+    CpuState,
+    Segment,
+    bit_names,
+    diff,
+    pack_sections,
+    unpack_sections,
+)
+
+
+def random_state(seed):
+    rng = random.Random(seed)
+    flat = CpuState(msrs=((0x174, 0), (0xC0000081, 0))).flat()
+    sizes = {"selector": 16, "limit": 32, "base": 64}
+    for name in flat:
+        part = name.split(".")[-1]
+        if name.startswith("events."):
+            continue
+        if name.startswith(("gdtr", "idtr")) and part == "limit":
+            flat[name] = rng.getrandbits(16)
+        elif "." in name and not name.startswith("msr."):
+            flat[name] = rng.getrandbits(sizes.get(part, 64 if name.startswith(("gdtr", "idtr")) else 1))
+        elif name == "pkru":
+            flat[name] = rng.getrandbits(32)
+        else:
+            flat[name] = rng.getrandbits(64)
+    return CpuState.from_flat(flat)
+
+
+def test_flat_round_trip_keeps_every_register():
+    state = random_state(1)
+    assert CpuState.from_flat(state.flat()) == state
+
+
+@pytest.mark.parametrize("section", sorted(SECTIONS))
+def test_section_round_trip(section):
+    """What a section packs it unpacks, and packing again gives the same bytes."""
+    state = random_state(2).with_({"cr0": 1 << 31, "cr4": 1 << 5, "efer": 0})  # PAE paging: PDPTRs are state
+    data = pack_sections(state, [section])
+    again = unpack_sections(data if section != "egpr" else data | pack_sections(state, ["regs"]))
+    assert pack_sections(again, [section]) == data
+
+
+STRUCTURES = {
+    "regs": k.kvm_regs, "sregs": k.kvm_sregs, "sregs2": k.kvm_sregs2, "debugregs": k.kvm_debugregs,
+    "events": k.kvm_vcpu_events,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", sorted(STRUCTURES))
+def test_sections_have_the_size_of_their_kvm_structure(section):
+    assert len(pack_sections(CpuState(), [section])[section]) == ctypes.sizeof(STRUCTURES[section]) == SIZEOF[section]
+
+
+def test_registers_lie_where_kvm_regs_has_them():
+    state = CpuState(gpr=tuple(range(100, 132)), rip=7, rflags=0x46)
+    regs = k.kvm_regs.from_buffer_copy(pack_sections(state, ["regs"])["regs"])
+    assert {name: getattr(regs, name) for name in GPR_NAMES[:16]} == dict(zip(GPR_NAMES, range(100, 116), strict=False))
+    assert (regs.rip, regs.rflags) == (7, 0x46)
+
+
+@pytest.mark.parametrize("name", ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr"])
+def test_segments_lie_where_kvm_sregs2_has_them(name):
+    segment = Segment(0x1234, 0xABCDEF, 0xFEDCB, 5, 1, 3, 1, 1, 1, 1, 1, 1)
+    state = CpuState(**{name: segment})
+    sregs = k.kvm_sregs2.from_buffer_copy(pack_sections(state, ["sregs2"])["sregs2"])
+    seen = getattr(sregs, name.replace("ldtr", "ldt"))
+    for part in ("selector", "base", "limit", "type", "s", "dpl", "present", "avl", "l", "db", "g", "unusable"):
+        assert getattr(seen, part) == getattr(segment, part), part
+
+
+def test_control_registers_lie_where_kvm_sregs2_has_them():
+    values = {n: 0x1000 + i for i, n in enumerate(("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"))}
+    state = CpuState().with_(values | {"gdtr.base": 0x11, "gdtr.limit": 0x22, "idtr.base": 0x33, "idtr.limit": 0x44})
+    sregs = k.kvm_sregs2.from_buffer_copy(pack_sections(state, ["sregs2"])["sregs2"])
+    assert {n: getattr(sregs, n) for n in values} == values
+    assert (sregs.gdt.base, sregs.gdt.limit, sregs.idt.base, sregs.idt.limit) == (0x11, 0x22, 0x33, 0x44)
+
+
+def test_pdptrs_are_marked_valid_only_under_pae_paging():
+    pae = CpuState(cr0=1 << 31, cr4=1 << 5, pdptr=(1, 2, 3, 4))
+    sregs = k.kvm_sregs2.from_buffer_copy(pack_sections(pae, ["sregs2"])["sregs2"])
+    assert sregs.flags == k.KVM_SREGS2_FLAGS_PDPTRS_VALID
+    assert tuple(sregs.pdptrs) == (1, 2, 3, 4)
+    long = k.kvm_sregs2.from_buffer_copy(pack_sections(pae.with_({"efer": 1 << 10}), ["sregs2"])["sregs2"])
+    assert long.flags == 0
+
+
+def test_debug_registers_lie_where_kvm_debugregs_has_them():
+    state = CpuState(dr=(1, 2, 3, 4), dr6=5, dr7=6)
+    regs = k.kvm_debugregs.from_buffer_copy(pack_sections(state, ["debugregs"])["debugregs"])
+    assert (tuple(regs.db), regs.dr6, regs.dr7) == ((1, 2, 3, 4), 5, 6)
+
+
+def test_events_lie_where_kvm_vcpu_events_has_them():
+    state = CpuState().with_({
+        "events.shadow": 1, "events.nmi_masked": 1, "events.nmi_pending": 1, "events.smm": 1,
+        "events.exception_injected": 1, "events.exception_nr": 14, "events.exception_has_error": 1,
+        "events.exception_error": 6, "events.interrupt_injected": 1, "events.interrupt_nr": 0x20,
+    })  # fmt: skip
+    events = k.kvm_vcpu_events.from_buffer_copy(pack_sections(state, ["events"])["events"])
+    assert (events.exception.injected, events.exception.nr, events.exception.error_code) == (1, 14, 6)
+    assert (events.interrupt.injected, events.interrupt.nr, events.interrupt.shadow) == (1, 0x20, 1)
+    assert (events.nmi.masked, events.nmi.pending, events.smi.smm) == (1, 1, 1)
+
+
+def test_diff_names_field_values_xor_and_bits():
+    (found,) = diff(CpuState(rflags=0x46), CpuState(rflags=0x887))
+    assert (found.name, found.expected, found.got, found.xor) == ("rflags", 0x46, 0x887, 0x8C1)
+    assert found.bits == ("CF", "ZF", "SF", "OF")
+    assert str(found) == "rflags: expected 0x46, got 0x887, xor 0x8c1  (CF ZF SF OF)"
+
+
+def test_diff_sees_every_register():
+    """No register can differ unseen: flipping any one of them alone gives exactly that name."""
+    usable = {f"{segment}.unusable": 0 for segment in SEGMENT_NAMES}
+    state = random_state(3).with_(usable)
+    for name, value in state.flat().items():
+        assert [d.name for d in diff(state, state.with_({name: value ^ 1}))] == [name]
+
+
+def test_diff_leaves_undefined_bits_aside():
+    assert diff(CpuState(rflags=0x2), CpuState(rflags=0x12), {"rflags": 0x10}) == []
+    assert [d.xor for d in diff(CpuState(rflags=0x2), CpuState(rflags=0x13), {"rflags": 0x10})] == [0x11]
+
+
+def test_diff_of_unusable_segments_compares_the_selector_and_fs_gs_base_only():
+    left = CpuState(ds=Segment(8, unusable=1, base=5), fs=Segment(8, unusable=1, base=5))
+    right = CpuState(ds=Segment(8, unusable=1, base=6), fs=Segment(8, unusable=1, base=6))
+    assert [d.name for d in diff(left, right)] == ["fs.base"]
+
+
+def test_unnamed_bits_are_numbered():
+    assert bit_names("cr4", 1 << 5 | 1 << 40) == ("PAE", "bit 40")
+    assert bit_names("rax", 3) == ()
+
+
+@pytest.mark.parametrize("name", ["rxx", "cs.colour", "msr.nonsense", "pdptr4", "dr8", ""])
+def test_unknown_register_is_refused_by_name(name):
+    with pytest.raises(KeyError, match=name.split(".")[-1] or "no register"):
+        CpuState().with_({name: 1})
