@@ -1,0 +1,221 @@
+"""Vm and Vcpu on a real KVM: life cycle, time limit, exits, state in and out."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from harness import kvm_ioctl as k
+from harness.case import Blob, Case, Complete, Memory, Run, SaveRestore, SetState, Slot, Step, VmShape
+from harness.exits import Debug, FailEntry, Halt, InternalError, Io, Mmio, Shutdown, Timeout, Unknown
+from harness.lockstep import lockstep
+from harness.machine import KvmMachine, Recording, record
+from harness.state import CpuState, pack_sections, unpack_sections
+from harness.vm import API_VERSION, Kvm, KvmUnusableError, RunTimeoutError, Vcpu, Vm
+
+START = CpuState(rip=0x1000).with_({"rsp": 0x1800, "rbx": 0x2000})
+
+
+def real_mode(host, code, *, start=START, actions=(Run(8),)):
+    memory = Memory((Blob(0x1000, bytes.fromhex(code)),))
+    return Case("t", memory, start, host.profile, VmShape((Slot(0, 0x4000),)), actions, bits=16)
+
+
+@pytest.fixture
+def machine(kvm):
+    with KvmMachine(kvm, limit=0.4) as made:
+        yield made
+
+
+def run(machine, case):
+    return [seen for action in record(machine, case) for seen in action]
+
+
+def state_of(seen):
+    return unpack_sections(seen.sections)
+
+
+def test_io_write_shows_completed_state(machine, host):
+    out, halt = run(machine, real_mode(host, "b05a e610 f4"))
+    assert out.exit == Io(0x10, 1, True, b"\x5a")
+    assert state_of(out).rip == 0x1004
+    assert halt.exit == Halt()
+    assert state_of(halt).rip == 0x1005
+
+
+def test_io_read_gets_what_the_case_answers(machine, host):
+    case = real_mode(host, "e510 f4")
+    _, halt = run(machine, case)
+    assert state_of(halt).gpr[0] == int.from_bytes(case.read_data(0, 2), "little")
+
+
+def test_mmio_read_and_write(machine, host):
+    case = real_mode(host, "b800a0 8ed8 a13412 a33612 f4")  # mov ax,0xa000; mov ds,ax; mov ax,[0x1234]; mov [0x1236],ax
+    read, write, _ = run(machine, case)
+    assert read.exit == Mmio(0xA1234, 2, False)
+    assert write.exit == Mmio(0xA1236, 2, True, case.read_data(0, 2))
+
+
+def test_memory_difference_is_found_to_the_byte(machine, host):
+    case = real_mode(host, "c6075a f4")  # mov byte [bx], 0x5a
+    run(machine, case)
+    (found,) = machine.memory_diff({}, {})
+    assert (found.gpa, found.expected[0], found.got[0]) == (0x2000, 0, 0x5A)
+    assert machine.memory_diff({}, {0x2000: 0xFF}) == []
+    assert machine.memory_diff(machine.pages(), {}) == []
+
+
+def test_guest_that_never_exits_ends_at_its_limit_and_the_next_case_runs(machine, host):
+    began = time.monotonic()
+    (seen,) = run(machine, real_mode(host, "ebfe"))
+    assert seen.exit == Timeout(0.4)
+    assert time.monotonic() - began < 5
+    assert run(machine, real_mode(host, "f4"))[-1].exit == Halt()
+
+
+def test_time_limit_works_off_the_main_thread(kvm, host):
+    result = []
+
+    def work():
+        with Vm(kvm, VmShape((Slot(0, 0x4000),))) as vm, Vcpu(vm, host.profile) as vcpu:
+            vm.load(Memory((Blob(0x1000, b"\xeb\xfe"),)))
+            for name, data in pack_sections(START, ("sregs", "regs")).items():
+                vcpu.put(name, data)
+            with pytest.raises(RunTimeoutError):
+                vcpu.run(0.3)
+            result.append(True)
+
+    with KvmMachine(kvm):  # the watchdog's signal handler is installed by the main thread
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(10)
+    assert result
+
+
+def test_triple_fault_is_a_shutdown_and_shows_no_registers(machine, host):
+    start = START.with_({"idtr.limit": 0, "cr0": 0x11, "cs.db": 1})  # protected mode with no IDT: #UD escalates
+    (seen,) = run(machine, real_mode(host, "0f0b", start=start))
+    assert seen.exit == Shutdown()
+    assert not seen.sections
+    assert run(machine, real_mode(host, "f4"))[-1].exit == Halt()
+
+
+def test_exit_reasons_without_a_guest_to_make_them(machine, host):
+    """FAIL_ENTRY and unknown reasons: their decoding only, on a kvm_run that KVM did not fill so."""
+    machine.load(real_mode(host, "f4"))
+    page = machine.vcpu.run_page
+    page.fail_entry.hardware_entry_failure_reason = 0x80000021
+    assert machine._exit(k.KVM_EXIT_FAIL_ENTRY) == FailEntry(0x80000021)
+    assert machine._exit(9999) == Unknown(9999)
+    page.emulation_failure.suberror, page.emulation_failure.ndata = 1, 4
+    page.emulation_failure.flags, page.emulation_failure.insn_size = 1, 2
+    page.emulation_failure.insn_bytes[0], page.emulation_failure.insn_bytes[1] = 0x0F, 0x77
+    assert machine._exit(k.KVM_EXIT_INTERNAL_ERROR) == InternalError(1, b"\x0f\x77")
+
+
+def test_single_step(machine, host):
+    if not host.single_step["real"]:
+        pytest.skip("no single step in real mode on this host")
+    first, second = run(machine, real_mode(host, "90 40 f4", actions=(Step(2),)))
+    assert isinstance(first.exit, Debug)
+    assert (first.exit.pc, second.exit.pc) == (0x1001, 0x1002)
+    assert state_of(second).gpr[0] == 1
+
+
+def test_set_state_between_runs(machine, host):
+    actions = (Run(), SetState((("rcx", 0x77),)), SetState((("cs.base", 0x10),), "sregs"), Run())
+    seen = run(machine, real_mode(host, "e610 90 90 90 f4" + "90" * 16 + "f4", actions=actions))
+    assert state_of(seen[-1]).gpr[1] == 0x77
+    assert state_of(seen[-1]).cs.base == 0x10
+
+
+def test_set_state_through_sync_regs(machine, host):
+    seen = run(machine, real_mode(host, "e610 f4", actions=(Run(), SetState((("r15", 5),), "sync"), Run())))
+    assert state_of(seen[-1]).gpr[15] == 5
+
+
+def test_save_and_restore_into_a_fresh_vm_goes_on(machine, host):
+    seen = run(machine, real_mode(host, "c6075a e610 40 f4", actions=(Run(), SaveRestore(), Run())))
+    assert seen[-1].exit == Halt()
+    assert state_of(seen[-1]).gpr[0] == 1
+    assert machine.memory_diff({}, {})[0].gpa == 0x2000
+
+
+def test_looking_at_a_pending_operation_needs_an_action_of_its_own(machine, host):
+    pending, done, halt = run(machine, real_mode(host, "b05a e610 f4", actions=(Run(1, False), Complete(), Run())))
+    assert pending.sections == {}
+    assert state_of(done).rip == 0x1004
+    assert halt.exit == Halt()
+
+
+def test_state_of_one_case_does_not_leak_into_the_next(machine, host):
+    dirty = START.with_({"dr0": 0x1234, "cr2": 0x99, "r8": 1, "msr.star": 0x55, "fs.base": 0x70, "rflags": 0xCD7})
+    clean = START.with_({"msr.star": 0})
+    want = run(machine, real_mode(host, "f4", start=clean))[-1].sections
+    run(machine, real_mode(host, "f4", start=dirty))
+    assert run(machine, real_mode(host, "f4", start=clean))[-1].sections == want
+
+
+def test_sync_regs_and_ioctls_show_the_same(kvm, host):
+    case = real_mode(host, "b83412 e610 f4")
+    with KvmMachine(kvm, sync=True) as fast, KvmMachine(kvm, sync=False) as slow:
+        assert lockstep(case, Recording([run(slow, case)]), fast).difference is None
+
+
+def test_every_start_register_arrives(machine, host):
+    """What SET put there GET shows: a value in one register shows in that register alone."""
+    for name in ("rax", "rsp", "rdi", "r8", "r15", "cr2", "fs.base", "gs.limit", "dr3", "gdtr.base", "ldtr.selector"):
+        start = START.with_({name: START.flat()[name] ^ 0x40})
+        (seen,) = run(machine, real_mode(host, "f4", start=start))
+        flat = unpack_sections(seen.sections).flat()
+        assert flat[name] == start.flat()[name], name
+
+
+# --- devices that are none ---
+
+
+def test_missing_device(tmp_path):
+    with pytest.raises(KvmUnusableError, match="no such device"):
+        Kvm(tmp_path / "kvm")
+
+
+def test_device_that_is_not_kvm():
+    with pytest.raises(KvmUnusableError, match="/dev/null: not a KVM device"):
+        Kvm("/dev/null")
+
+
+def test_other_api_version(monkeypatch, kvm):
+    monkeypatch.setattr("harness.vm.API_VERSION", API_VERSION + 1)
+    with pytest.raises(KvmUnusableError, match="KVM API version 12"):
+        Kvm(kvm.device)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_no_permission(tmp_path):
+    path = tmp_path / "kvm"
+    path.touch(mode=0)
+    pid = os.fork()
+    if pid == 0:
+        os.seteuid(65534)
+        os._exit(_permission_child(path))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _permission_child(path):
+    try:
+        Kvm(path)
+    except KvmUnusableError as error:
+        return 0 if "permission denied (add yourself to group kvm" in str(error) else 2
+    return 1
+
+
+def test_sigint_ends_a_run_inside_kvm(machine, host):
+    machine.limit = 20
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(machine, real_mode(host, "ebfe"))
+    assert time.monotonic() - began < 5
