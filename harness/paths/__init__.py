@@ -1,0 +1,51 @@
+"""Access paths: every way in which a guest's registers meet KVM, as Cases.
+
+A family is one source under ``guests/``; what differs between them is data, so it is a table here and no module each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from harness.case import Case
+from harness.cpuid import CpuProfile
+from harness.modes import MODES
+from harness.paths.common import Family, cases
+
+__all__ = ["FAMILIES", "Family", "all_cases", "cases"]
+
+# The kinds of decoding differ by code size and by segmentation, not by paging: plain instructions need no more modes.
+_DECODING: Final = ("real", "vm86", "prot32", "compat-user", "long", "long-user")
+_MEMORY: Final = ("real", "prot16", "prot32", "pse", "pae", "compat", "long", "long-user", "long5")
+_SYSTEM: Final = ("real", "prot16", "prot32", "pae", "vm86", "compat", "long", "long-user")
+
+FAMILIES: Final = (
+    Family("gpr", (*_DECODING, "pae")),
+    Family("alu", ("real", "prot32", "compat-user", "long", "long-user"), seeds=2),
+    Family("flow", (*_DECODING, "prot16", "pse")),
+    Family("io", MODES, seeds=2, iopl=True),
+    Family("mmio", _MEMORY),
+    Family("control", _SYSTEM),
+    Family("msr", MODES, msrs=True),
+    Family("segment", tuple(m for m in MODES if m != "long5"), msrs=True),
+    Family("string", MODES),
+    Family("flags", MODES, seeds=2, iopl=True),
+    Family("fault", MODES, msrs=True),
+    Family("walk", ("real",)),
+    Family("apx", ("real", "prot32", "compat", "long", "long-user"), features=frozenset({"apx"})),
+)
+
+
+def all_cases(profile: CpuProfile, *, families: Iterable[str] | None = None, seeds: int | None = None) -> list[Case]:
+    """Every Case of the suite for a guest that sees ``profile``, in a stable order with stable, unique names.
+
+    ``families`` restricts, ``seeds`` overrides the number of start states per entry. A Case that this profile cannot
+    run is in the list all the same: its ``requires`` says what it lacks. ValueError for an unknown family.
+    """
+    wanted = None if families is None else set(families)
+    unknown = (wanted or set()) - {f.name for f in FAMILIES}
+    if unknown:
+        known = ", ".join(f.name for f in FAMILIES)
+        raise ValueError(f"no family named {', '.join(sorted(unknown))}: use {known}")
+    return [c for f in FAMILIES if wanted is None or f.name in wanted for c in cases(f, profile, seeds=seeds)]
