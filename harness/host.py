@@ -20,14 +20,17 @@ from harness.cpuid import CpuidEntry, CpuProfile
 from harness.exits import Debug, Exit, Halt, InternalError, Io
 from harness.lockstep import Difference
 from harness.machine import KvmMachine
-from harness.modes import CODE_BASE, MODES, setup
-from harness.state import unpack_sections
+from harness.modes import CODE_BASE, MODES, STUBS, setup
+from harness.state import MASK64, unpack_sections
 from harness.vm import Kvm
 
 PROBE_LIMIT: Final = 0.3
 """Seconds a probe guest may take; each is a handful of instructions."""
 
 PARAMETERS: Final = ("npt", "nested", "vgif", "avic", "ept", "unrestricted_guest", "force_emulation_prefix", "tdp_mmu")
+_UD: Final = 6
+_FRAME_CS: Final = {"real": 2, "prot16": 2, "prot32": 4, "prot32-user": 4, "vm86": 4}  # offset of CS in the frame
+_PRIVILEGED: Final = {"long-user": "long", "compat-user": "compat", "prot32-user": "prot32"}
 _DYNAMIC: Final = {(1, 0): {"ebx": 0x00FFFFFF, "ecx": ~(1 << 27)}, (7, 0): {"ecx": ~(1 << 4)}}
 
 
@@ -134,6 +137,8 @@ class Host:
             cpuid = self._first_rip("long-user", b"\xb8\x01\x00\x00\x00\x31\xc9\x0f\xa2\xf4")
             leaf = self.profile.leaf(1)
             same = leaf is not None and cpuid & 0xFFFFFFFF == leaf.eax
+            flags = self._first_rip("long-user", b"\x9c\x58\xf4")  # pushf; pop rax
+            out["rflags-at-long-cpl3"] = "PUSHF at CPL3 shows the host's RFLAGS.IF" if flags >> 9 & 1 else ""
             out["cpuid-at-long-cpl3"] = "" if same else "CPUID shows the host's leaves"
         return out
 
@@ -145,8 +150,48 @@ class Host:
             return -1
         return unpack_sections(seen.sections).gpr[0] if seen.sections else -1
 
+    @cached_property
+    def delivery(self) -> dict[str, str]:
+        """Mode -> "" when a #UD there leaves a frame on the handler's stack and clears what it must, else what is odd."""
+        out = {}
+        for mode, bad in self.modes.items():
+            if bad:
+                continue
+            try:
+                seen = self._run(mode, b"\x0f\x0b")[-1]
+            except (k.KvmError, LookupError) as error:
+                out[mode] = str(error)
+                continue
+            if not isinstance(seen.exit, Halt):
+                out[mode] = f"an exception ends in {seen.exit}"
+                continue
+            assert self._machine is not None
+            state = unpack_sections(seen.sections)
+            top = state.ss.base + (state.gpr[4] & (MASK64 if state.cs.l else 0xFFFFFFFF))
+            words = [int.from_bytes(self._machine.read(top + n, 2), "little") for n in (0, _FRAME_CS.get(mode, 4))]
+            cs = setup(mode, entry=CODE_BASE, profile=self.profile).state.cs.selector
+            out[mode] = ""
+            if state.cs.base + state.rip != STUBS + 16 * 6 + 1:
+                out[mode] = f"an exception goes to RIP {state.rip:#x}"
+            elif words[0] != CODE_BASE:
+                out[mode] = "the frame of an exception is not at SS:SP"
+            elif mode in _FRAME_CS and words[1] != cs:
+                out[mode] = "the frame of an exception has the wrong size"
+            elif mode == "vm86" and state.es.selector:
+                out[mode] = "an exception in virtual-8086 mode does not save and clear the data segments"
+        return out
+
+    def _delivered(self, case: Case, seen: Observation | None) -> int | None:
+        """The vector whose stub a Case of harness.paths has ended in, None when in none."""
+        if seen is None or not seen.sections:
+            return None
+        state = unpack_sections(seen.sections)
+        at = state.cs.base + state.rip - 1 - STUBS
+        return at >> 4 if 0 <= at < 0x1000 and not at & 15 else None
+
     def lacks(self, mode: str, code: bytes) -> bool:
         """True when a guest of nothing but this instruction ends in KVM's own word that it cannot emulate it."""
+        mode = _PRIVILEGED.get(mode, mode)  # for CPL3 KVM has #UD in place of its word, so it is asked at CPL0
         key = (mode, code)
         if key not in self._lacks:
             seen = self._probe(mode, code)
@@ -169,14 +214,28 @@ class Host:
                 return f"no {need} in the guest CPUID"
         return ""
 
-    def excuse(self, case: Case, difference: Difference) -> str:
+    def excuse(self, case: Case, difference: Difference, machine: KvmMachine) -> str:
         """Why a difference is a limit of this host, shown by a probe, or an empty string: then it is a defect."""
         got = difference.got.exit if difference.got is not None else None
-        if isinstance(got, InternalError) and got.suberror == k.KVM_INTERNAL_ERROR_EMULATION and got.code:
-            mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
-            if self.lacks(mode, got.code):
-                return f"this KVM's emulator lacks {_instruction(got.code)} in {mode}"
+        mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
+        code = b""
+        if isinstance(got, InternalError) and got.suberror == k.KVM_INTERNAL_ERROR_EMULATION:
+            code = got.code
+        elif self._delivered(case, difference.got) == _UD:
+            code = self._faulting_code(case, difference.got, machine)
+        if code and self.lacks(mode, code):
+            return f"this KVM's emulator lacks {_instruction(code)} in {mode}"
+        if self._delivered(case, difference.expected) is not None and (odd := self.delivery.get(mode)):
+            return f"{mode}: {odd}"
         return ""
+
+    def _faulting_code(self, case: Case, seen: Observation | None, machine: KvmMachine) -> bytes:
+        """The bytes at the RIP in the exception frame that the guest ended with."""
+        assert seen is not None
+        state = unpack_sections(seen.sections)
+        size = 8 if state.efer >> 10 & 1 else 4 if case.bits == 32 else 2
+        frame = machine.read(state.ss.base + state.gpr[4], size)
+        return machine.read(int.from_bytes(frame, "little") + case.start.cs.base, 15)
 
     def to_json(self) -> Mapping[str, Any]:
         """Everything ``kvm-harness probe`` shows."""
@@ -196,6 +255,7 @@ class Host:
             "modes": self.modes,
             "single_step": self.single_step,
             "traits": self.traits,
+            "exception_delivery": self.delivery,
             "apx": "apx" in self.profile.features,
             "root": os.geteuid() == 0,
         }

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -30,15 +29,11 @@ from harness.exits import (
     Timeout,
     Unknown,
 )
-from harness.kvm_ioctl import ioctl
+from harness.pool import Packer, Pool, Warm
 from harness.state import CpuState, pack_sections, unpack_sections
-from harness.vm import RUN_LIMIT, SYNC, Kvm, RunTimeoutError, Vcpu, Vm
+from harness.vm import RUN_LIMIT, SYNC, Kvm, RunTimeoutError, Vcpu
 
 Sections = tuple[str, ...]
-
-_libc = ctypes.CDLL(None)
-_memcmp: Callable[[int, bytes, int], int] = _libc.memcmp
-_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +115,13 @@ class KvmMachine:
         wanted = k.KVM_SYNC_X86_REGS | k.KVM_SYNC_X86_SREGS | k.KVM_SYNC_X86_EVENTS
         self._sync = sync and kvm.sync_fields & wanted == wanted
         self._sync_mask = wanted if self._sync else 0
-        self._pool: OrderedDict[tuple[object, object], tuple[Vm, Vcpu]] = OrderedDict()
+        self._mirrored: frozenset[str] = frozenset((*SYNC, "sregs2") if self._sync else ())
+        self._pool = Pool(kvm, self.POOL)
+        self._packer = Packer()
         self._case: Case | None = None
-        self._vm: Vm | None = None
-        self._vcpu: Vcpu | None = None
-        self._known: dict[int, dict[str, bytes]] = {}
-        self._poisoned = False
+        self._warm: Warm | None = None
+        self._poisoned = False  # the current vCPU went astray
+        self._pending = False  # an operation waits for KVM_RUN to complete it; the next Case's would
         self._reads = 0
         self._sections: Sections = ()
         self._msr_indices: tuple[int, ...] = ()
@@ -134,9 +130,8 @@ class KvmMachine:
 
     def close(self) -> None:
         """Close every VM."""
-        while self._pool:
-            self._drop(next(iter(self._pool)))
-        self._vm = self._vcpu = None
+        self._pool.close()
+        self._warm = None
 
     def __enter__(self) -> KvmMachine:
         return self
@@ -144,31 +139,19 @@ class KvmMachine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _drop(self, key: tuple[object, object]) -> None:
-        vm, vcpu = self._pool.pop(key)
-        self._known.pop(id(vcpu), None)
-        vcpu.close()
-        vm.close()
-
     def load(self, case: Case) -> None:
         """Give the Case its VM, RAM and start state. KvmError or LookupError when this KVM refuses some of it."""
-        key = (case.shape, id(case.profile))
-        if self._poisoned or (self._case is not None and key not in self._pool):
-            self._retire()
-        pair = self._pool.get(key)
-        if pair is None or pair[1].profile is not case.profile:
-            if len(self._pool) >= self.POOL:
-                self._drop(next(iter(self._pool)))
-            vm = Vm(self.kvm, case.shape)
-            pair = self._pool[key] = (vm, Vcpu(vm, case.profile))
-        self._vm, self._vcpu = pair
+        if self._warm is not None and (self._poisoned or self._pending or self._warm.nested):
+            self._pool.drop(self._warm)
+        self._warm = None
+        self._poisoned, self._pending = True, False  # poisoned until the start state is in whole
+        warm = self._warm = self._pool.get(case.shape, case.profile)
         self._case = case
         self._reads = 0
         self._sections = self.visible(case)
-        self._msr_indices = tuple(index for index, _ in case.start.msrs)
-        self._vm.load(case.memory)
-        self._poisoned = True  # until the start state is in whole
-        self._set_start(case.start, self._sections)
+        self._msr_indices = tuple([index for index, _ in case.start.msrs])
+        warm.load(case.memory)
+        self._set_start(warm, case.start)
         self._poisoned = False
 
     def visible(self, case: Case) -> Sections:
@@ -176,30 +159,31 @@ class KvmMachine:
         names = case_sections(case)
         return names if self._has_sregs2 else tuple("sregs" if n == "sregs2" else n for n in names)
 
-    def _retire(self) -> None:
-        """Throw the current vCPU away: its hidden state can't be trusted (or its Case is over)."""
-        if self._poisoned:
-            for key, pair in list(self._pool.items()):
-                if pair[1] is self._vcpu:
-                    self._drop(key)
-        self._poisoned = False
-
     @property
     def vcpu(self) -> Vcpu:
         """The vCPU of the loaded Case."""
-        if self._vcpu is None:
-            raise RuntimeError("load a Case first")
-        return self._vcpu
+        return self._loaded().vcpu
 
-    def _set_start(self, start: CpuState, names: Sections) -> None:
-        vcpu = self.vcpu
-        known = self._known.setdefault(id(vcpu), {})
-        for name, data in pack_sections(start, _SET_ORDER).items():
-            if (name in names or name in ("pkru",)) and known.get(name) != data:
-                if name == "pkru" and "pkru" not in known and not any(data):
-                    continue
+    def _loaded(self) -> Warm:
+        if self._warm is None:
+            raise RuntimeError("load a Case first")
+        return self._warm
+
+    def _set_start(self, warm: Warm, start: CpuState) -> None:
+        """Set what does not already hold the start state's bytes, as the last Case's last observation showed them."""
+        vcpu, seen = warm.vcpu, warm.seen
+        for name in _SET_ORDER:
+            if name not in self._sections and name != "pkru":
+                continue
+            data = self._packer.pack(start, name)
+            if name == "pkru":  # no section of its own: unknown to observations
+                if data != warm.pkru or start.pkru:
+                    vcpu.put(name, data)
+                    warm.pkru = data
+            elif name == "regs" and self._sync:
+                vcpu.sync_put(name, data)
+            elif seen.get(name) != data:
                 vcpu.put(name, data)
-        known.clear()
         if self._sync:
             vcpu.sync_enable(self._sync_mask)
 
@@ -207,15 +191,17 @@ class KvmMachine:
 
     def apply(self, action: Action) -> Iterator[Observation]:
         """Do one action; see harness/case.py for their meaning."""
+        return self._run(action) if isinstance(action, Run) else self._act(action)
+
+    def _act(self, action: Action) -> Iterator[Observation]:
         match action:
-            case Run():
-                yield from self._run(action)
             case Complete():
                 reason = self.vcpu.complete(self.limit)
                 if reason is not None:
                     yield Observation(self._exit(reason), {})
                 else:
-                    yield Observation(Halt(), self.sections())
+                    self._pending = False
+                    yield Observation(Halt(), self._observe())
             case SetState():
                 self._set_registers(action)
             case Step():
@@ -230,46 +216,44 @@ class KvmMachine:
     def _run(self, action: Run) -> Iterator[Observation]:
         vcpu = self.vcpu
         done = 0
+        following: int | None = None
         try:
-            reason: int | None = vcpu.run(self.limit)
+            while True:
+                reason = following if following is not None else vcpu.run(self.limit)
+                exit_ = self._exit(reason)
+                done += 1
+                following = None
+                self._pending = False
+                if not exit_.comparable:
+                    self._poisoned = True
+                    yield Observation(exit_, {})
+                    return
+                if isinstance(exit_, (Io, Mmio, Msr, Hypercall)):
+                    self._pending = True
+                    self._answer(exit_)
+                    if not action.complete:
+                        yield Observation(exit_, {})
+                        return
+                    following = vcpu.complete(self.limit)
+                    self._pending = following is not None
+                yield Observation(exit_, {} if following is not None else self._observe())
+                if exit_.terminal or done >= action.limit:
+                    return
         except RunTimeoutError:
             self._poisoned = True
             yield Observation(Timeout(self.limit), {})
-            return
-        while reason is not None:
-            exit_ = self._exit(reason)
-            done += 1
-            following = None
-            if not exit_.comparable:
-                self._poisoned = True
-                yield Observation(exit_, {})
-                return
-            if isinstance(exit_, (Io, Mmio, Msr, Hypercall)):
-                self._answer(exit_)
-                if not action.complete:
-                    yield Observation(exit_, {})
-                    return
-                following = vcpu.complete(self.limit)
-            yield Observation(exit_, {} if following is not None else self.sections())
-            if exit_.terminal:
-                return
-            if done >= action.limit:
-                if following is not None:
-                    self._poisoned = True
-                return
-            try:
-                reason = following if following is not None else vcpu.run(self.limit)
-            except RunTimeoutError:
-                self._poisoned = True
-                yield Observation(Timeout(self.limit), {})
-                return
+
+    def _observe(self) -> dict[str, bytes]:
+        """The visible state at an exit, remembered for the next start state."""
+        self._loaded().seen = sections = self.sections()
+        return sections
 
     def sections(self) -> dict[str, bytes]:
         """The visible state, as bytes, where the vCPU stands now."""
         vcpu = self.vcpu
         out = {}
         for name in self._sections:
-            if name in SYNC and self._sync:
+            if name in self._mirrored:
                 out[name] = vcpu.sync_get(name)
             elif name == "msrs":
                 out[name] = vcpu.get_msrs(self._msr_indices)
@@ -354,7 +338,7 @@ class KvmMachine:
     def _step(self, action: Step) -> Iterator[Observation]:
         vcpu = self.vcpu
         debug = k.kvm_guest_debug(control=k.KVM_GUESTDBG_ENABLE | k.KVM_GUESTDBG_SINGLESTEP)
-        ioctl(vcpu.fd, k.KVM_SET_GUEST_DEBUG, debug)
+        vcpu.control(k.KVM_SET_GUEST_DEBUG, debug)
         try:
             for _ in range(action.count):
                 seen = list(self._run(Run(1)))
@@ -362,14 +346,14 @@ class KvmMachine:
                 if seen[-1].exit.terminal:
                     break
         finally:
-            ioctl(vcpu.fd, k.KVM_SET_GUEST_DEBUG, k.kvm_guest_debug())
+            vcpu.control(k.KVM_SET_GUEST_DEBUG, k.kvm_guest_debug())
 
     def _inject(self, action: Inject) -> None:
         vcpu = self.vcpu
         if action.event == "nmi":
-            ioctl(vcpu.fd, k.KVM_NMI)
+            vcpu.control(k.KVM_NMI)
         elif action.event == "interrupt":
-            ioctl(vcpu.fd, k.KVM_INTERRUPT, k.kvm_interrupt(irq=action.vector))
+            vcpu.control(k.KVM_INTERRUPT, k.kvm_interrupt(irq=action.vector))
         else:
             events = k.kvm_vcpu_events.from_buffer(bytearray(vcpu.get("events")))
             events.exception.injected = 1
@@ -381,49 +365,49 @@ class KvmMachine:
     def _save_restore(self) -> None:
         """Move the vCPU and RAM into a VM made afresh."""
         assert self._case is not None
-        assert self._vm is not None
-        old_vm, case = self._vm, self._case
-        saved = {name: self.sections()[name] for name in self._sections}
-        ram = {slot: bytes(mapping) for slot, mapping in old_vm.ram.items()}
-        key = next(key for key, pair in self._pool.items() if pair[0] is old_vm)
-        self._drop(key)
-        vm = Vm(self.kvm, case.shape)
-        self._vm, self._vcpu = self._pool[key] = (vm, Vcpu(vm, case.profile))
+        old, case = self._loaded(), self._case
+        saved = self.sections()
+        ram = {slot: bytes(mapping) for slot, mapping in old.vm.ram.items()}
+        self._pool.drop(old)
+        warm = self._warm = self._pool.get(case.shape, case.profile)
         for slot, data in ram.items():
-            vm.ram[slot][:] = data
+            warm.vm.ram[slot][:] = data
+        warm.load(case.memory, write=False)
         for name in _SET_ORDER:
             if name in saved:
-                self._vcpu.put(name, saved[name])
+                warm.vcpu.put(name, saved[name])
         if self._sync:
-            self._vcpu.sync_enable(self._sync_mask)
+            warm.vcpu.sync_enable(self._sync_mask)
 
     # --- memory ---
 
     def memory_diff(self, pages: Pages, ignore: Mapping[int, int]) -> list[MemoryDiff]:
         """Where RAM differs from the Case's initial contents overlaid with ``pages``, bits of ``ignore`` left aside."""
-        assert self._vm is not None
+        warm = self._loaded()
+        if warm.equal(pages):
+            return []
         assert self._case is not None
         out: list[MemoryDiff] = []
-        for slot, ram in self._vm.ram.items():
-            image = self._case.memory.image(slot)
-            inside = {gpa - slot.gpa: data for gpa, data in pages.items() if slot.gpa <= gpa < slot.gpa + slot.size}
-            if not inside:
-                if _memcmp(self._vm.address[slot], image, slot.size):
-                    out += _byte_diff(slot.gpa, image, ram[:], ignore)
-                continue
-            expected = bytearray(image)
-            for offset, data in inside.items():
-                expected[offset : offset + PAGE] = data
-            if _memcmp(self._vm.address[slot], bytes(expected), slot.size):
-                out += _byte_diff(slot.gpa, bytes(expected), ram[:], ignore)
+        for slot, ram in warm.vm.ram.items():
+            expected = bytearray(self._case.memory.image(slot))
+            for gpa, data in pages.items():
+                if slot.gpa <= gpa < slot.gpa + slot.size:
+                    expected[gpa - slot.gpa : gpa - slot.gpa + PAGE] = data
+            out += _byte_diff(slot.gpa, bytes(expected), ram[:], ignore)
         return out
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Bytes of guest RAM; empty when they lie outside of it."""
+        for slot, ram in self._loaded().vm.ram.items():
+            if slot.gpa <= gpa and gpa + size <= slot.gpa + slot.size:
+                return ram[gpa - slot.gpa : gpa - slot.gpa + size]
+        return b""
 
     def pages(self) -> dict[int, bytes]:
         """Pages of RAM that differ from the Case's initial contents."""
-        assert self._vm is not None
         assert self._case is not None
         out = {}
-        for slot, ram in self._vm.ram.items():
+        for slot, ram in self._loaded().vm.ram.items():
             image = self._case.memory.image(slot)
             for offset in range(0, slot.size, PAGE):
                 data = ram[offset : offset + PAGE]

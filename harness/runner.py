@@ -70,6 +70,6 @@ class Runner:
         for row in rows:
             if row.explains(found):
                 return result(Verdict.KNOWN, outcome.checks, f"{row.name}: {found.summary()}", found)
-        if reason := self.host.excuse(case, found):
+        if reason := self.host.excuse(case, found, self.machine):
             return result(Verdict.UNSUPPORTED, outcome.checks, reason, found)
         return result(Verdict.MISMATCH, outcome.checks, found.summary(), found)

@@ -270,17 +270,18 @@ def bit_names(register: str, value: int) -> tuple[str, ...]:
 def diff(expected: CpuState, got: CpuState, ignore: Mapping[str, int] | None = None) -> list[FieldDiff]:
     """Registers in which two states differ, bits of ``ignore`` (flat name -> mask of undefined bits) left aside.
 
-    An unusable segment has no architectural content but its selector (and FS/GS base), so the rest of it is not
-    compared once both sides call it unusable (SDM vol. 3C 25.4.1; AMD APM vol. 2 4.8).
+    A segment that was loaded with a null selector has no architectural content but that selector, FS and GS base in
+    64-bit mode, and SS.DPL, which holds the CPL; the rest is not compared once both sides call it unusable or not
+    present, which are the words of VMX and SVM for the same thing (SDM vol. 3C 25.4.1; APM vol. 2 4.8.3, 15.5.1).
     """
     ignore = ignore or {}
     left, right = expected.flat(), got.flat()
     dead = {
         f"{seg}.{part}"
         for seg in SEGMENT_NAMES
-        if left[f"{seg}.unusable"] and right[f"{seg}.unusable"]
+        if _empty(left, seg) and _empty(right, seg)
         for part in SEGMENT_PARTS
-        if part not in ("selector", "unusable") and not (part == "base" and seg in ("fs", "gs"))
+        if part != "selector" and (seg, part) not in (("fs", "base"), ("gs", "base"), ("ss", "dpl"))
     }
     out = []
     for name, want in left.items():
@@ -288,6 +289,10 @@ def diff(expected: CpuState, got: CpuState, ignore: Mapping[str, int] | None = N
         if want != have and name not in dead and (want ^ have) & ~ignore.get(name, 0):
             out.append(FieldDiff(name, want, have, bit_names(name, (want ^ have) & ~ignore.get(name, 0))))
     return out
+
+
+def _empty(flat: Mapping[str, int], segment: str) -> bool:
+    return bool(flat[f"{segment}.unusable"] or not flat[f"{segment}.present"])
 
 
 # --- the KVM structures ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from typing import Final, Self
 from harness import kvm_ioctl as k
 from harness.case import Memory, Slot, VmShape
 from harness.cpuid import CpuidEntry, CpuProfile
-from harness.kvm_ioctl import ioctl
+from harness.kvm_ioctl import Argument, ioctl
 
 DEFAULT_DEVICE: Final = Path("/dev/kvm")
 API_VERSION: Final = 12
@@ -258,9 +258,12 @@ class Vcpu(_Owner):
         self._mapping = mmap.mmap(self.fd, vm.kvm.mmap_size)
         self.run_page = k.kvm_run.from_buffer(self._mapping)
         self._sync = memoryview(self._mapping)[k.kvm_run.s.offset :]
+        self._mirrored = self._dirty = False
+        self.epoch = 0  # counts what may have changed the vCPU or RAM
         self._expired = False
         self._xsave = k.xsave(vm.kvm.xsave_size)
         self._buffers = {name: type_() for name, (_, _, type_) in _STRUCTURES.items()}
+        self._xcrs = k.kvm_xcrs()
         self._egpr_offset = profile.xsave_offset(_APX) if profile else None
         self._pkru_offset = profile.xsave_offset(_PKRU) if profile else None
         _WATCHDOG.prepare()
@@ -296,11 +299,14 @@ class Vcpu(_Owner):
 
         Raises RunTimeoutError after ``limit`` seconds, KvmError for EIO (the kernel killed the VM) and the like.
         """
+        self.epoch += 1
         _WATCHDOG.enter(self, limit)
         try:
             while True:
                 try:
+                    self._dirty = False
                     ioctl(self.fd, k.KVM_RUN)
+                    self._mirrored = True
                     return self.run_page.exit_reason
                 except (InterruptedError, BlockingIOError):
                     if self._expired:
@@ -316,8 +322,10 @@ class Vcpu(_Owner):
         api.rst section 5: "the corresponding operations are complete (and guest state is consistent) only after
         userspace has re-entered the kernel with KVM_RUN".
         """
+        self.epoch += 1
         _WATCHDOG.enter(self, limit)
         self.run_page.immediate_exit = 1
+        self._dirty, self._mirrored = False, True  # KVM stores into kvm_run on EINTR too
         try:
             ioctl(self.fd, k.KVM_RUN)
             return self.run_page.exit_reason
@@ -338,21 +346,54 @@ class Vcpu(_Owner):
 
     def sync_enable(self, fields: int) -> None:
         """KVM_CAP_SYNC_REGS: KVM stores these fields into kvm_run at every exit."""
-        self.run_page.kvm_valid_regs = fields
+        if self.run_page.kvm_valid_regs != fields:
+            self.run_page.kvm_valid_regs = fields
+            self._mirrored = False
 
     def sync_get(self, name: str) -> bytes:
-        """A section as KVM stored it into kvm_run at the last exit."""
+        """A section as KVM stored it into kvm_run at the last exit; by ioctl where that no longer holds.
+
+        ``sregs2`` is made of ``kvm_sregs``, which holds all of it but the PDPTRs: under PAE paging it takes the ioctl.
+        """
+        if not self._mirrored or self._dirty:
+            return self.get(name)
+        if name == "sregs2":
+            head = bytes(self._sync[_SREGS_HEAD])
+            pae = head[_CR0_PG] & 0x80 and head[_CR4_PAE] & 0x20 and not head[_EFER_LMA] & 4
+            return self.get(name) if pae else head + _NO_PDPTRS
         offset, size, _ = SYNC[name]
         return bytes(self._sync[offset : offset + size])
 
     def sync_put(self, name: str, data: bytes) -> None:
         """Set a section through kvm_run at the next KVM_RUN."""
         offset, size, bit = SYNC[name]
+        self.epoch += 1
+        if not self._dirty:
+            self.run_page.kvm_dirty_regs = 0
+            self._dirty = True
         self._sync[offset : offset + size] = data
         self.run_page.kvm_dirty_regs |= bit
 
+    def control(self, request: int, arg: Argument = 0) -> int:
+        """Any other ioctl of the vCPU that may change its state."""
+        if self._dirty:
+            self._flush()
+        self._mirrored = False
+        self.epoch += 1
+        return ioctl(self.fd, request, arg)
+
+    def _flush(self) -> None:
+        """Hand over by ioctl what still waits in kvm_run for a KVM_RUN: the next ioctl must see it."""
+        self._dirty = False
+        waiting, self.run_page.kvm_dirty_regs = self.run_page.kvm_dirty_regs, 0
+        for name, (offset, size, bit) in SYNC.items():
+            if waiting & bit:
+                self.put(name, bytes(self._sync[offset : offset + size]))
+
     def get(self, name: str) -> bytes:
         """Read a section. KvmError when this KVM cannot; KeyError for a name not in harness.state.SECTIONS."""
+        if self._dirty:
+            self._flush()
         if name in _STRUCTURES:
             buffer = self._buffers[name]
             ioctl(self.fd, _STRUCTURES[name][0], buffer)
@@ -361,6 +402,10 @@ class Vcpu(_Owner):
 
     def put(self, name: str, data: bytes) -> None:
         """Write a section (the inverse of :meth:`get`)."""
+        if self._dirty:
+            self._flush()
+        self._mirrored = False
+        self.epoch += 1
         if name in _STRUCTURES:
             buffer = self._buffers[name]
             ctypes.memmove(ctypes.addressof(buffer), data, len(data))
@@ -391,9 +436,8 @@ class Vcpu(_Owner):
             raise LookupError(f"KVM_SET_MSRS refused MSR {values[done][0]:#x} = {values[done][1]:#x}")
 
     def _get_xcr0(self) -> bytes:
-        buffer = k.kvm_xcrs()
-        ioctl(self.fd, k.KVM_GET_XCRS, buffer)
-        return struct.pack("<Q", buffer.xcrs[0].value if buffer.nr_xcrs else 1)
+        ioctl(self.fd, k.KVM_GET_XCRS, self._xcrs)
+        return bytes(self._xcrs)[_XCR0] if self._xcrs.nr_xcrs else _XCR0_RESET
 
     def _put_xcr0(self, data: bytes) -> None:
         buffer = k.kvm_xcrs(nr_xcrs=1)
@@ -466,6 +510,23 @@ SYNC: Final[Mapping[str, tuple[int, int, int]]] = {
         ("events", "events", k.KVM_SYNC_X86_EVENTS),
     )
 }
+
+
+def _offset(structure: type[ctypes.Structure], name: str) -> int:
+    offset: int = getattr(structure, name).offset
+    return offset
+
+
+# What of kvm_sregs is in kvm_sregs2 too (all but the interrupt bitmap) as it lies in kvm_run.s, and bytes in it.
+_SREGS_SHARED: Final = _offset(k.kvm_sregs, "interrupt_bitmap")
+_SREGS_HEAD: Final = slice(SYNC["sregs"][0], SYNC["sregs"][0] + _SREGS_SHARED)
+_NO_PDPTRS: Final = bytes(ctypes.sizeof(k.kvm_sregs2) - _SREGS_SHARED)
+_CR0_PG: Final = _offset(k.kvm_sregs, "cr0") + 3
+_CR4_PAE: Final = _offset(k.kvm_sregs, "cr4")
+_EFER_LMA: Final = _offset(k.kvm_sregs, "efer") + 1
+_XCR0_AT: Final = _offset(k.kvm_xcrs, "xcrs") + _offset(k.kvm_xcr, "value")
+_XCR0: Final = slice(_XCR0_AT, _XCR0_AT + 8)
+_XCR0_RESET: Final = struct.pack("<Q", 1)
 
 
 def memory_ranges(vm: Vm) -> Iterator[tuple[int, int, mmap.mmap]]:

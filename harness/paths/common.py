@@ -63,6 +63,10 @@ _MODE_FEATURES: Final = {
 _ENTRY_FEATURES: Final = (
     ("cmpxchg16b", "cx16"), ("cmpxchg8b", "cx8"), ("cmov", "cmov"), ("syscall", "syscall"), ("real_to_long", "lm"),
 )  # fmt: skip
+# (mode, entry prefix) -> what a host must honour for the entry to mean anything (harness/host.py: traits).
+_ENTRY_TRAITS: Final = (
+    ("long-user", "pushf", "rflags-at-long-cpl3"), ("long-user", "cpuid", "cpuid-at-long-cpl3"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ def cases(family: Family, profile: CpuProfile, *, seeds: int | None = None) -> I
             needs = requires
             for prefix, feature in _ENTRY_FEATURES:
                 if entry.startswith(prefix):
-                    needs = requires | {feature}
+                    needs = needs | {feature}
+            for where, prefix, trait in _ENTRY_TRAITS:
+                if mode == where and entry.startswith(prefix):
+                    needs = needs | {f"trait:{trait}"}
             for n in range(family.seeds if seeds is None else seeds):
                 name = f"{family.name}/{entry}@{mode}#{n}"
                 seed = zlib.crc32(name.encode())

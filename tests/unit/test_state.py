@@ -125,7 +125,7 @@ def test_diff_names_field_values_xor_and_bits():
 
 def test_diff_sees_every_register():
     """No register can differ unseen: flipping any one of them alone gives exactly that name."""
-    usable = {f"{segment}.unusable": 0 for segment in SEGMENT_NAMES}
+    usable = {f"{s}.{part}": value for s in SEGMENT_NAMES for part, value in (("unusable", 0), ("present", 1))}
     state = random_state(3).with_(usable)
     for name, value in state.flat().items():
         assert [d.name for d in diff(state, state.with_({name: value ^ 1}))] == [name]
@@ -136,10 +136,16 @@ def test_diff_leaves_undefined_bits_aside():
     assert [d.xor for d in diff(CpuState(rflags=0x2), CpuState(rflags=0x13), {"rflags": 0x10})] == [0x11]
 
 
-def test_diff_of_unusable_segments_compares_the_selector_and_fs_gs_base_only():
-    left = CpuState(ds=Segment(8, unusable=1, base=5), fs=Segment(8, unusable=1, base=5))
-    right = CpuState(ds=Segment(8, unusable=1, base=6), fs=Segment(8, unusable=1, base=6))
-    assert [d.name for d in diff(left, right)] == ["fs.base"]
+def test_diff_of_empty_segments_compares_selector_fs_gs_base_and_cpl_only():
+    """Unusable (VMX) and not present (SVM) say the same of a null selector."""
+    left = CpuState(ds=Segment(8, unusable=1, base=5), fs=Segment(8, unusable=1, base=5), ss=Segment(0, unusable=1))
+    right = CpuState(ds=Segment(8, present=0, base=6), fs=Segment(8, present=0, base=6), ss=Segment(0, present=0, dpl=3))
+    assert [d.name for d in diff(left, right)] == ["ss.dpl", "fs.base"]
+    assert [d.name for d in diff(left, right.with_({"ds.selector": 9}))] == ["ss.dpl", "ds.selector", "fs.base"]
+
+
+def test_diff_of_a_segment_that_only_one_side_calls_empty_shows_it():
+    assert "ds.present" in [d.name for d in diff(CpuState(), CpuState().with_({"ds.present": 0}))]
 
 
 def test_unnamed_bits_are_numbered():

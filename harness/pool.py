@@ -1,0 +1,177 @@
+"""Pool: VMs with one vCPU each, kept for reuse, with what is known to be in them, so that a start state costs little.
+
+Knowledge is never assumed: it is what a comparison or an observation has just shown, and any KVM_RUN or write to the
+vCPU ends it (``Vcpu.epoch``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Any, Final
+
+from harness.case import PAGE, Memory, Pages, VmShape
+from harness.cpuid import CpuProfile
+from harness.state import SEGMENT_NAMES, CpuState, pack_sections
+from harness.vm import Kvm, Vcpu, Vm
+
+_libc = ctypes.CDLL(None)
+_memcmp: Callable[[int, bytes, int], int] = _libc.memcmp
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+_CR4_BYTE1, _EFER_BYTE1 = 249, 265  # in kvm_sregs and kvm_sregs2
+_VMXE, _SVME = 1 << 5, 1 << 4  # bit 13 of CR4, bit 12 of EFER
+
+
+class Warm:
+    """A VM and its vCPU. Owns both."""
+
+    def __init__(self, kvm: Kvm, shape: VmShape, profile: CpuProfile) -> None:
+        self.vm = Vm(kvm, shape)
+        try:
+            self.vcpu = Vcpu(self.vm, profile)
+        except BaseException:
+            self.vm.close()
+            raise
+        self.pkru = bytes(4)
+        self._seen: Mapping[str, bytes] = {}
+        self._seen_epoch = self._equal_epoch = -1
+        self._ram = [(slot, ram, self.vm.address[slot]) for slot, ram in self.vm.ram.items()]
+        self._images: list[bytes] = []
+        self._dirty: list[tuple[int, ...]] = []
+
+    def close(self) -> None:
+        """Give both back."""
+        self.vcpu.close()
+        self._ram.clear()
+        self.vm.close()
+
+    # --- registers ---
+
+    @property
+    def seen(self) -> Mapping[str, bytes]:
+        """The sections as they were last observed; empty once anything may have changed them."""
+        return self._seen if self._seen_epoch == self.vcpu.epoch else {}
+
+    @seen.setter
+    def seen(self, sections: Mapping[str, bytes]) -> None:
+        self._seen, self._seen_epoch = sections, self.vcpu.epoch
+
+    @property
+    def nested(self) -> bool:
+        """Whether the guest was last seen with SVM or VMX enabled: it may have nested state that no section shows."""
+        sregs = self.seen.get("sregs2") or self.seen.get("sregs")
+        return sregs is not None and bool(sregs[_CR4_BYTE1] & _VMXE or sregs[_EFER_BYTE1] & _SVME)
+
+    # --- RAM ---
+
+    def load(self, memory: Memory, *, write: bool = True) -> None:
+        """Lay the initial contents over all of RAM; only over pages that differ, where they are known.
+
+        Without ``write`` RAM stays, and ``memory`` is only what :meth:`equal` compares with.
+        """
+        known, dirty = (self._images, self._dirty) if self._equal_epoch == self.vcpu.epoch else ([], [])
+        self._images, self._dirty, self._equal_epoch = [], [], -1
+        for number, (slot, ram, _) in enumerate(self._ram):
+            image = memory.image(slot)
+            self._images.append(image)
+            if not write:
+                continue
+            if len(known) == len(self._ram) and known[number] is image:
+                for offset in dirty[number]:
+                    ram[offset : offset + PAGE] = image[offset : offset + PAGE]
+            else:
+                ram[:] = image
+
+    def equal(self, pages: Pages) -> bool:
+        """Whether RAM is, to the byte, the initial contents of :meth:`load` overlaid with ``pages``."""
+        dirty: list[tuple[int, ...]] = []
+        for (slot, ram, address), image in zip(self._ram, self._images, strict=True):
+            inside = sorted(gpa - slot.gpa for gpa in pages if slot.gpa <= gpa < slot.gpa + slot.size) if pages else ()
+            dirty.append(tuple(inside))
+            if not inside:
+                if _memcmp(address, image, slot.size):
+                    return False
+                continue
+            start = 0
+            for offset in (*inside, slot.size):
+                if offset > start and ram[start:offset] != image[start:offset]:
+                    return False
+                if offset < slot.size and ram[offset : offset + PAGE] != pages[slot.gpa + offset]:
+                    return False
+                start = offset + PAGE
+        self._dirty, self._equal_epoch = dirty, self.vcpu.epoch
+        return True
+
+
+class Pool:
+    """Warm VMs by (shape, profile), at most ``size``; the one least recently used makes room."""
+
+    def __init__(self, kvm: Kvm, size: int) -> None:
+        self.kvm, self.size = kvm, size
+        self._all: OrderedDict[tuple[VmShape, int], Warm] = OrderedDict()
+        self._last: Warm | None = None
+
+    def get(self, shape: VmShape, profile: CpuProfile) -> Warm:
+        """A VM of this shape whose vCPU has this profile; made afresh if there is none."""
+        last = self._last
+        if last is not None and last.vm.shape is shape and last.vcpu.profile is profile:
+            return last
+        key = (shape, id(profile))  # a pooled vCPU keeps its profile alive
+        warm = self._all.get(key)
+        if warm is None:
+            while len(self._all) >= self.size:
+                self.drop(next(iter(self._all.values())))
+            warm = self._all[key] = Warm(self.kvm, shape, profile)
+        else:
+            self._all.move_to_end(key)
+        self._last = warm
+        return warm
+
+    def drop(self, warm: Warm) -> None:
+        """Close a VM of the pool."""
+        if self._last is warm:
+            self._last = None
+        for key in [key for key, other in self._all.items() if other is warm]:
+            del self._all[key]
+        warm.close()
+
+    def close(self) -> None:
+        """Close every VM."""
+        while self._all:
+            self.drop(next(iter(self._all.values())))
+
+
+class Packer:
+    """``pack_sections`` that packs a section anew only where the registers in it are not those of the last call."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[Any, bytes]] = {}
+
+    def pack(self, state: CpuState, name: str) -> bytes:
+        """One section of ``state``."""
+        registers = INPUTS.get(name)
+        if registers is None:
+            return pack_sections(state, (name,))[name]
+        key = registers(state)
+        last = self._last.get(name)
+        if last is not None and last[0] == key:
+            return last[1]
+        data = pack_sections(state, (name,))[name]
+        self._last[name] = (key, data)
+        return data
+
+
+_SREGS: Final = (
+    *SEGMENT_NAMES, "gdtr", "idtr", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base", "pdptr",
+)  # fmt: skip
+INPUTS: Final[Mapping[str, Callable[[CpuState], Any]]] = {
+    "sregs2": attrgetter(*_SREGS),
+    "sregs": attrgetter(*_SREGS),
+    "events": attrgetter("events"),
+    "debugregs": attrgetter("dr", "dr6", "dr7"),
+    "xcr0": attrgetter("xcr0"),
+    "pkru": attrgetter("pkru"),
+}
+"""Section -> what it is packed from, for sections that many start states share. Equal inputs pack to equal bytes."""

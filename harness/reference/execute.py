@@ -1,0 +1,174 @@
+"""The fetch-execute loop: one instruction, its faults, its debug traps; and the fast loop over many."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final
+
+from harness.reference import events
+from harness.reference.cpu import CS, DB, MASK, NMI, RF, SHADOW_MOV_SS, TF, Cpu, Fault, ModelError
+from harness.reference.decoder import Truncated, decode
+from harness.reference.insn import Insn, Operation
+
+PAGE: Final = 4096
+DR6_BS: Final = 1 << 14
+_NO_TRAP: Final = frozenset({"int", "int3", "into", "int1", "icebp", "syscall", "sysenter"})
+"""Instructions that leave for a handler with TF clear: no single-step trap of their own (SDM vol. 3B 17.3.1.4)."""
+
+
+@lru_cache(maxsize=1 << 16)
+def compile_code(
+    code: bytes, bits: int, features: frozenset[str], amd: bool, apx: bool
+) -> tuple[Insn, Operation, bool, bool]:
+    """Decode and compile the instruction at the start of ``code``: (insn, operation, no trap, REP string)."""
+    insn = decode(code, None, bits, features=features, amd=amd, apx=apx)
+    row = insn.row
+    string = bool(insn.rep) and any(p[0] in "XY" for p in insn.operands)
+    return insn, row.operation(insn), row.mnemonic in _NO_TRAP, string
+
+
+class CodeEntry:
+    """A compiled instruction at an address. ``version`` -1: check its bytes every time (it spans two pages)."""
+
+    __slots__ = ("code", "next", "no_trap", "op", "page", "string", "version")
+
+    def __init__(self, op: Operation, next_rip: int, code: bytes, no_trap: bool, string: bool) -> None:
+        self.op, self.next, self.code = op, next_rip, code
+        self.no_trap, self.string = no_trap, string
+        self.page = self.version = -1
+
+
+def _fetch(cpu: Cpu) -> tuple[Insn, Operation, bool, bool]:
+    """Read as much code as the instruction needs, page by page: a byte that is not needed cannot fault."""
+    rip, mem = cpu.rip, cpu.mem
+    n = min(15, PAGE - (cpu.linear_rip() & (PAGE - 1)))
+    if not cpu.long64:
+        n = min(n, max(cpu.seg[CS].limit - rip + 1, 1))
+    while True:
+        try:
+            return compile_code(mem.fetch(rip, n), cpu.bits, cpu.features, cpu.amd, cpu.apx)
+        except Truncated:
+            n += 1
+
+
+def lookup(cpu: Cpu) -> CodeEntry:
+    """The compiled instruction at RIP, checked against memory. Fault when it cannot be fetched or is invalid."""
+    rip, mem = cpu.rip, cpu.mem
+    entry: CodeEntry | None = cpu.code.get(rip)
+    if entry is not None:
+        if entry.version >= 0 and mem.code_version(entry.page) == entry.version:
+            return entry
+        parts = mem.fetch_parts(rip, len(entry.code))
+        if mem.fetch(rip, len(entry.code)) != entry.code:
+            entry = None
+    if entry is None:
+        insn, op, no_trap, string = _fetch(cpu)
+        entry = CodeEntry(op, rip + insn.length & MASK[64 if cpu.long64 else 32], insn.code, no_trap, string)
+        cpu.code[rip] = entry
+        parts = mem.fetch_parts(rip, insn.length)
+    if len(parts) == 1:
+        entry.page = parts[0][0] >> 12
+        entry.version = mem.code_version(entry.page)
+    return entry
+
+
+def take(cpu: Cpu, fault: Fault) -> None:
+    """Deliver a fault of the instruction at ``cpu.start_rip``. events.TripleFault when that ends in shutdown."""
+    cpu.rip = cpu.start_rip
+    cpu.repeat = False
+    if fault.cr2 is not None:
+        cpu.cr2 = fault.cr2
+    events.deliver(cpu, fault.vector, fault.error)
+
+
+def _instruction_breakpoint(cpu: Cpu) -> None:
+    """#DB before the instruction when an enabled execution breakpoint is at it (SDM vol. 3B 17.3.1.1)."""
+    here = cpu.linear_rip()
+    for n in range(4):
+        if cpu.dr7 >> 2 * n & 3 and not cpu.dr7 >> 16 + 4 * n & 15 and cpu.dr[n] == here:
+            cpu.trap_bits |= 1 << n
+    if cpu.trap_bits:
+        raise Fault(DB)
+
+
+def step(cpu: Cpu) -> bool:
+    """Execute one instruction, or one iteration of a REP, or deliver a pending NMI; True after a REP string item.
+
+    Checks everything: breakpoints, single-step trap, RF, interrupt shadow.
+    """
+    rip = cpu.start_rip = cpu.rip
+    flags, shadow = cpu.rflags, cpu.shadow
+    if cpu.nmi_pending and not cpu.nmi_masked and shadow != SHADOW_MOV_SS:
+        cpu.nmi_pending = 0
+        events.deliver(cpu, NMI)
+        return False
+    cpu.trap_bits = 0
+    try:
+        if cpu.dr7 & 0xFF and not flags & RF and shadow != SHADOW_MOV_SS:
+            _instruction_breakpoint(cpu)
+        entry = lookup(cpu)
+        cpu.shadow = 0
+        cpu.rflags = flags & ~RF
+        cpu.rip = entry.next
+        entry.op(cpu)
+    except Fault as fault:
+        cpu.rflags |= flags & RF
+        if fault.vector != DB:
+            cpu.trap_bits = 0
+        take(cpu, fault)
+        return False
+    except ModelError as error:
+        cpu.rip = rip
+        raise ModelError(f"{error} (RIP {rip:#x})") from None
+    if cpu.repeat:
+        cpu.repeat = False
+    else:
+        cpu.retired += 1
+    if flags & TF and not entry.no_trap:
+        cpu.trap_bits |= DR6_BS
+    if cpu.trap_bits and cpu.shadow != SHADOW_MOV_SS:
+        events.deliver(cpu, DB)
+    return entry.string
+
+
+def run(cpu: Cpu, budget: int) -> bool:
+    """Execute until an instruction has exits (``cpu.pending_exits``); True when that was a REP string item.
+
+    ModelError after ``budget`` instructions without one; events.TripleFault on shutdown.
+    """
+    exits, mem = cpu.pending_exits, cpu.mem
+    version = mem.code_version
+    string = False
+    for _ in range(budget):
+        rip = cpu.rip
+        entry = cpu.code.get(rip)
+        if (
+            entry is None
+            or cpu.rflags & (TF | RF)
+            or cpu.shadow
+            or cpu.dr7 & 0xFF
+            or version(entry.page) != entry.version
+            or cpu.nmi_pending
+        ):
+            string = step(cpu)
+        else:
+            cpu.start_rip = rip
+            cpu.rip = entry.next
+            try:
+                entry.op(cpu)
+            except Fault as fault:
+                if fault.vector != DB:
+                    cpu.trap_bits = 0
+                take(cpu, fault)
+            except ModelError as error:
+                cpu.rip = rip
+                raise ModelError(f"{error} (RIP {rip:#x})") from None
+            else:
+                string = entry.string
+                if cpu.repeat:
+                    cpu.repeat = False
+                else:
+                    cpu.retired += 1
+        if exits:
+            return string
+    raise ModelError(f"the guest did not exit in {budget} instructions; RIP is {cpu.rip:#x}")

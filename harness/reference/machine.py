@@ -1,0 +1,204 @@
+"""ReferenceMachine: the register model as a Machine that runs Cases and shows Observations."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
+
+from harness.case import Action, Case, Complete, Inject, Observation, Run, SaveRestore, SetState, Step
+from harness.exits import Debug, Exit, Halt, Shutdown
+from harness.reference import events, execute
+from harness.reference.cpu import Cpu, ModelError
+from harness.state import pack_sections
+
+BUDGET: Final = 1_000_000
+DR6_STEP: Final = 0xFFFF4FF0
+"""DR6 as a debug exit shows it after a single step: the bits that read as one, and BS (SDM vol. 3B 17.2.3)."""
+
+
+def visible_sections(case: Case) -> tuple[str, ...]:
+    """The sections that make up the visible state of ``case``."""
+    more = ("msrs",) * bool(case.start.msrs) + ("egpr",) * ("apx" in case.requires)
+    return ("regs", "sregs2", "events", "debugregs", "xcr0", *more)
+
+
+class ReferenceMachine:
+    """Runs a Case on the register model.
+
+    ``sections`` are those of :data:`harness.state.SECTIONS` that observations hold (default: those that the Case makes
+    visible), ``budget`` is the number of instructions that one exit may take.  ModelError from any method: the Case is
+    outside of what the model knows.
+    """
+
+    def __init__(self, sections: Iterable[str] | None = None, budget: int = BUDGET) -> None:
+        self.budget = budget
+        self._fixed = None if sections is None else tuple(sections)
+        self.sections: tuple[str, ...] = ()
+        self.cpu: Cpu | None = None
+        self._shown: deque[Observation] = deque()
+        self._incomplete: Observation | None = None
+        self._events: list[Inject] = []
+        self._dead = False
+
+    def load(self, case: Case, sections: Iterable[str] | None = None) -> None:
+        """Start over with ``case``; its start state may hold an event to deliver first."""
+        chosen = self._fixed if sections is None else tuple(sections)
+        self.sections = visible_sections(case) if chosen is None else chosen
+        self.cpu = Cpu(case)
+        self._shown.clear()
+        self._incomplete, self._dead = None, False
+        self._events = []
+        e = case.start.events
+        if e.exception_injected or e.exception_pending:
+            error = e.exception_error if e.exception_has_error else None
+            self._events.append(Inject("exception", e.exception_nr, error))
+        if e.interrupt_injected:
+            self._events.append(Inject("interrupt", e.interrupt_nr))
+
+    def apply(self, action: Action) -> list[Observation]:
+        """Do ``action``; what it shows, exit by exit."""
+        cpu = self._cpu()
+        match action:
+            case Run(limit=limit, complete=True):
+                return self._run(limit)
+            case Run():
+                return self._run_pending()
+            case Complete():
+                return self._complete()
+            case SetState(values=values):
+                self._need_rest("SetState")
+                cpu.load_state(cpu.state().with_(dict(values)))
+            case Step(count=count):
+                return self._step(count)
+            case Inject():
+                self._events.append(action)
+            case SaveRestore():
+                self._need_rest("SaveRestore")
+            case _:
+                raise ModelError(f"the model does not know the action {action.kind!r}")
+        return []
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def _cpu(self) -> Cpu:
+        if self.cpu is None:
+            raise ModelError("no Case is loaded: call load() first")
+        return self.cpu
+
+    def _need_rest(self, what: str) -> None:
+        if self._shown or self._incomplete:
+            raise ModelError(f"{what} in the middle of an instruction with several exits is not modelled")
+
+    def _run(self, limit: int) -> list[Observation]:
+        out: list[Observation] = []
+        self._incomplete = None
+        while len(out) < limit and not self._dead:
+            if not self._shown:
+                self._advance()
+            seen = self._shown.popleft()
+            out.append(seen)
+            if seen.exit.terminal:
+                break
+        return out
+
+    def _run_pending(self) -> list[Observation]:
+        """One exit, with its operation still pending: no state is defined yet."""
+        if not self._shown:
+            self._advance()
+        seen = self._shown.popleft()
+        if seen.exit.terminal:
+            return [seen]
+        self._incomplete = seen
+        return [Observation(seen.exit, {}, retired=seen.retired)]
+
+    def _complete(self) -> list[Observation]:
+        """The state after the pending exit, shown as Halt; or the next exit of the same instruction, pending too."""
+        if self._incomplete is None:
+            raise ModelError("Complete without an operation pending: use Run(complete=False) before it")
+        seen, self._incomplete = self._incomplete, None
+        if self._shown and not seen.sections:
+            self._incomplete = seen = self._shown.popleft()
+            return [Observation(seen.exit, {}, retired=seen.retired)]
+        return [replace(seen, exit=Halt())]
+
+    def _advance(self) -> None:
+        """Run to the next instruction with exits and queue what it shows."""
+        cpu = self._cpu()
+        start = cpu.retired
+        cpu.pending_exits.clear()
+        try:
+            self._deliver()
+            string = execute.run(cpu, self.budget)
+        except events.TripleFault:
+            self._shutdown()
+            return
+        except RecursionError as error:  # a table that maps itself in a way the walker cannot end
+            raise ModelError(f"the model recursed too deeply after {cpu.retired - start} instructions") from error
+        self._queue(string)
+
+    def _queue(self, string: bool) -> None:
+        cpu = self._cpu()
+        *first, last = cpu.pending_exits
+        for exit in first:
+            self._shown.append(Observation(exit, {}, retired=cpu.retired))
+        # A machine may show the end of a REP at its restart point, with rCX already zero: as right as past it.
+        done = string and cpu.rip != cpu.start_rip
+        self._shown.append(self._observe(last, {"rip": (cpu.start_rip,)} if done else {}))
+        cpu.pending_exits.clear()
+
+    def _shutdown(self) -> None:
+        cpu = self._cpu()
+        for exit in cpu.pending_exits:
+            self._shown.append(Observation(exit, {}, retired=cpu.retired))
+        cpu.pending_exits.clear()
+        self._shown.append(Observation(Shutdown(), {}, retired=cpu.retired))
+        self._dead = True
+
+    def _deliver(self) -> None:
+        """Deliver what was injected, before the next instruction."""
+        cpu = self._cpu()
+        queue, self._events = self._events, []
+        for event in queue:
+            if event.event == "nmi":
+                cpu.nmi_pending = 1
+            elif event.event in ("exception", "interrupt"):
+                events.deliver(cpu, event.vector, event.error)
+            else:
+                raise ModelError(f"cannot inject {event.event!r}: use exception, interrupt or nmi")
+
+    def _step(self, count: int) -> list[Observation]:
+        cpu = self._cpu()
+        out: list[Observation] = []
+        self._incomplete = None
+        for _ in range(count):
+            if self._dead:
+                break
+            cpu.pending_exits.clear()
+            try:
+                self._deliver()
+                string = execute.step(cpu)
+            except events.TripleFault:
+                self._shutdown()
+            else:
+                if cpu.pending_exits:
+                    self._queue(string)
+            out.extend(self._shown)
+            self._shown.clear()
+            if out and out[-1].exit.terminal:
+                break
+            out.append(self._observe(Debug(1, cpu.linear_rip(), DR6_STEP), {}))
+        return out
+
+    def _observe(self, exit: Exit, accept: dict[str, tuple[int, ...]]) -> Observation:
+        cpu = self._cpu()
+        return Observation(
+            exit=exit,
+            sections=pack_sections(cpu.state(), self.sections),
+            pages=cpu.mem.pages(),
+            ignore={"rflags": cpu.undefined} if cpu.undefined else {},
+            accept=accept,
+            pages_ignore=cpu.mem.pages_ignore,
+            retired=cpu.retired,
+        )

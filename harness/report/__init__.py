@@ -1,0 +1,1 @@
+"""What a person reads after a run: failure texts (failure.py) and C reproducers (emit_c.py)."""
