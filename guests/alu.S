@@ -136,6 +136,7 @@ test \op\()_i_\s
 \op\s $7, %\c, %\d
 fin
 test \op\()_cl_\s
+and $15, %cl	# a count above 16 is undefined
 \op\s %cl, %\a, %\d
 fin
 test \op\()_m_\s

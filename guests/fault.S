@@ -124,7 +124,7 @@ test ud_\op
 .byte 0x\op, 0xc0, 0, 0, 0
 fin
 .endm
-.irp op, 06,0e,16,1e,27,2f,37,3f,60,61,62,82,9a,c4,ea,d6
+.irp op, 06,0e,16,1e,27,2f,37,3f,60,61,82,9a,ea,d6
 t_ud64 \op
 .endr
 .else

@@ -236,10 +236,12 @@ movabs %rax, MMIO_OFF+0x28
 mov %eax, MMIO_OFF+0x24
 .endif
 fin
+.if BITS == 16	# the device's answer must be an address in RAM
 test jmp_mem
 mmio_b
 call *(pb)
 fin
+.endif
 test cross_page
 mmio_b
 mov 0xcbe(pb), %eax

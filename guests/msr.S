@@ -40,6 +40,9 @@ rdmsr
 fin
 test wrmsr_random_\name
 mov $\index, %ecx
+.if \high == 0
+mov $0, %edx	# bits 63:32 are reserved
+.endif
 wrmsr
 fin
 .endm
@@ -76,7 +79,7 @@ or $2, %eax
 wrmsr
 fin
 test rdmsr_none
-mov $0x4fffffff, %ecx
+mov $0x5fffffff, %ecx
 rdmsr
 fin
 .if BITS == 64

@@ -5,7 +5,8 @@ mode, or in a 32-bit or 16-bit code segment of the same process (compatibility m
 unprivileged rows can be held against silicon.  The memory that instructions may touch is one window at the same
 addresses as the guests' data (harness/modes.py), RAM ``0x10000..0x20000``.
 
-The caller must only run instructions that neither fault nor leave: a fault ends the process.  x86-64 Linux only.
+An instruction that faults comes back with its exception vector: a signal handler of a few machine instructions moves
+on to the trampoline's end.  Instructions must not branch away or change the environment.  x86-64 Linux only.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ WINDOW: Final = 0x10000
 WINDOW_SIZE: Final = 0x10000
 _CODE_SIZE: Final = 0x2000
 _STATE: Final = 0x1000  # offset of the register area in the code mapping
-_RFLAGS, _HOST_RSP, _FAR_OUT, _FAR_BACK = _STATE + 128, _STATE + 136, _STATE + 144, _STATE + 160
+_RFLAGS, _HOST_RSP, _FAR_OUT, _FAR_BACK = _STATE + 128, _STATE + 136, _STATE + 152, _STATE + 160
+_FAULT = _STATE + 144
+_HANDLER: Final = 0x800  # offset of the signal handler in the code mapping
+_ALT_STACK_SIZE: Final = 0x10000
+_SIGNALS: Final = (4, 5, 7, 8, 11)  # SIGILL SIGTRAP SIGBUS SIGFPE SIGSEGV
+_SA_SIGINFO, _SA_ONSTACK, _SA_NODEFER = 4, 0x08000000, 0x40000000
+_UC_RIP, _UC_CS, _UC_TRAPNO = 168, 184, 200  # offsets in ucontext_t (sys/ucontext.h, x86-64)
 _PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
 _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_32BIT, _MAP_FIXED_NOREPLACE = 2, 0x20, 0x40, 0x100000
 _USER_CS64, _USER_CS32, _USER_DS = 0x33, 0x23, 0x2B
 _DATA16, _CODE16 = 1 << 6, 2 << 1 | 1 << 6  # user_desc flags: contents (data, code), useable
 _SYS_MODIFY_LDT: Final = 154
 _SLOT: Final = 16
+_NO_FAULT: Final = 0xFF
 _CALLEE_SAVED: Final = bytes.fromhex("53 55 4154 4155 4156 4157 9c")  # push rbx rbp r12-r15, pushfq
 _RESTORE: Final = bytes.fromhex("9d 415f 415e 415d 415c 5d 5b c3")  # popfq, pop r15-r12 rbp rbx, ret
 
@@ -38,10 +46,26 @@ class BareCpuError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Registers:
-    """16 general-purpose registers in encoding order, and RFLAGS."""
+    """16 general-purpose registers in encoding order, RFLAGS, and the vector of the exception there was (or None)."""
 
     gpr: tuple[int, ...]
     rflags: int
+    fault: int | None = None
+
+
+class _SigAction(ctypes.Structure):
+    """struct sigaction of glibc, x86-64."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p), ("mask", ctypes.c_uint8 * 128), ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class _StackT(ctypes.Structure):
+    """stack_t."""
+
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
 def _libc() -> ctypes.CDLL:
@@ -72,8 +96,10 @@ class BareCpu:
         if self._window != WINDOW:
             self.close()
             raise BareCpuError(f"the address window at {WINDOW:#x} is taken")
-        self._slot = 0
+        self._slot = self._landing = 0
         self._build()
+        self._old_actions: dict[int, _SigAction] = {}
+        self._catch_signals()
         self._run = ctypes.CFUNCTYPE(None)(self._code)
 
     def _map(self, address: int, size: int, prot: int, flags: int) -> int:
@@ -83,7 +109,13 @@ class BareCpu:
         return int(at)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory and the signals back."""
+        for number, old in self._old_actions.items():
+            self._libc.sigaction(number, ctypes.byref(old), None)
+        if self._old_actions:
+            self._libc.sigaltstack(ctypes.byref(self._old_stack), None)
+            self._libc.munmap(self._alt_stack, _ALT_STACK_SIZE)
+        self._old_actions = {}
         self._libc.munmap(self._code, _CODE_SIZE)
         self._libc.munmap(self._window, WINDOW_SIZE)
 
@@ -119,7 +151,7 @@ class BareCpu:
             prefix = "2e 66 ff 2e" if self.bits == 16 else "2e ff 2d"  # jmp far cs:[far_back]
             back = _FAR_BACK if self.bits == 16 else self._code + _FAR_BACK
             code.extend(bytes.fromhex(prefix) + back.to_bytes(2 if self.bits == 16 else 4, "little"))
-        landing = len(code)
+        landing = self._landing = len(code)
         for n in range(16):
             relative(f"{0x4C if n >= 8 else 0x48:02x} 89 {(n & 7) << 3 | 5:02x}", _STATE + 8 * n)
         relative("48 8b 25", _HOST_RSP)
@@ -133,6 +165,23 @@ class BareCpu:
             self._poke(_FAR_OUT, struct.pack("<IH", self._code + self._slot - base, selector))
             self._poke(_FAR_BACK, struct.pack("<IH", self._code + landing, _USER_CS64))
 
+    def _catch_signals(self) -> None:
+        """A fault in the slot goes on at the trampoline's end, on a stack of its own: RSP is the instruction's."""
+        handler = bytearray(struct.pack("<3sI", b"\x48\x8b\x82", _UC_TRAPNO))  # mov rax, [rdx+trapno]
+        handler += b"\x48\x89\x05" + struct.pack("<i", _FAULT - (_HANDLER + len(handler) + 7))  # mov [fault], rax
+        handler += b"\x48\xb8" + struct.pack("<Q", self._code + self._landing)  # mov rax, landing
+        handler += b"\x48\x89\x82" + struct.pack("<I", _UC_RIP)  # mov [rdx+rip], rax
+        handler += b"\x66\xc7\x82" + struct.pack("<IH", _UC_CS, _USER_CS64) + b"\xc3"  # mov word [rdx+cs], cs64; ret
+        self._poke(_HANDLER, bytes(handler))
+        self._alt_stack = self._map(0, _ALT_STACK_SIZE, _PROT_READ | _PROT_WRITE, 0)
+        self._old_stack = _StackT()
+        new = _StackT(self._alt_stack, 0, _ALT_STACK_SIZE)
+        self._libc.sigaltstack(ctypes.byref(new), ctypes.byref(self._old_stack))
+        for number in _SIGNALS:
+            action = _SigAction(handler=self._code + _HANDLER, flags=_SA_SIGINFO | _SA_ONSTACK | _SA_NODEFER)
+            self._old_actions[number] = _SigAction()
+            self._libc.sigaction(number, ctypes.byref(action), ctypes.byref(self._old_actions[number]))
+
     def _segment16(self, entry: int, base: int, flags: int) -> int:
         """A 16-bit segment of 64 KiB at ``base`` in an LDT entry (modify_ldt(2), struct user_desc); its selector."""
         desc = struct.pack("<4I", entry, base, 0xFFFF, flags)
@@ -143,15 +192,21 @@ class BareCpu:
     def _poke(self, offset: int, data: bytes) -> None:
         ctypes.memmove(self._code + offset, data, len(data))
 
+    @property
+    def rip(self) -> int:
+        """RIP at which instructions run."""
+        return self._slot if self.bits == 16 else self._code + self._slot
+
     # --- use ---------------------------------------------------------------------------------------------------------
 
     def execute(self, code: bytes, before: Registers) -> Registers:
-        """Run one instruction of at most 15 bytes; ``before.rflags`` must have TF and DF clear."""
+        """Run one instruction of at most 15 bytes; ``before.rflags`` must have TF clear."""
         self._poke(self._slot, code.ljust(_SLOT, b"\x90"))
         self._poke(_STATE, struct.pack("<17Q", *before.gpr[:16], before.rflags))
+        self._poke(_FAULT, struct.pack("<Q", _NO_FAULT))
         self._run()
-        values = struct.unpack("<17Q", ctypes.string_at(self._code + _STATE, 136))
-        return Registers(values[:16], values[16])
+        values = struct.unpack("<19Q", ctypes.string_at(self._code + _STATE, 152))
+        return Registers(values[:16], values[16], None if values[18] == _NO_FAULT else values[18])
 
     def memory(self, address: int, size: int) -> bytes:
         """Bytes of the window."""

@@ -176,7 +176,7 @@ def _replay(args: argparse.Namespace) -> int:
     from harness.known import load_known
     from harness.machine import KvmMachine
     from harness.reference.machine import ReferenceMachine
-    from harness.report.emit_c import emit_c
+    from harness.report.emit_c import EmitError, emit_c
     from harness.report.failure import failure_text
     from harness.runner import Runner
 
@@ -184,13 +184,17 @@ def _replay(args: argparse.Namespace) -> int:
         host = Host(kvm)
         case = _find_case(args.case, host)
         result = Runner(machine, host, load_known()).run(case, ReferenceMachine())
+        where = host.describe()
         host.close()
     if args.emit_c:
-        print(emit_c(case, result.difference, host.describe()), end="")
+        try:
+            print(emit_c(case, result.difference, where), end="")
+        except EmitError as error:
+            return _fail(str(error), BAD_INPUT)
         return 0
     print(f"{case.name} {case.id}: {result.verdict.value}, {result.checks} checks {result.summary}".rstrip())
     if result.difference is not None:
-        print(failure_text(case, result.difference, host.describe()))
+        print(failure_text(case, result.difference, where))
     return exit_status([result.verdict]) if result.verdict is not Verdict.UNSUPPORTED else 0
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from harness import kvm_ioctl as k
 from harness.case import Blob, Case, Memory, Observation, Run, Step
-from harness.cpuid import CpuidEntry, CpuProfile
+from harness.cpuid import FEATURES, CpuidEntry, CpuProfile, with_features
 from harness.exits import Debug, Exit, Halt, InternalError, Io
 from harness.lockstep import Difference
 from harness.machine import KvmMachine
@@ -28,7 +28,8 @@ PROBE_LIMIT: Final = 0.3
 """Seconds a probe guest may take; each is a handful of instructions."""
 
 PARAMETERS: Final = ("npt", "nested", "vgif", "avic", "ept", "unrestricted_guest", "force_emulation_prefix", "tdp_mmu")
-_UD: Final = 6
+_UD, _GP = 6, 13
+_FLAGS: Final = 0x8D7  # every arithmetic flag set: INTO is taken
 _FRAME_CS: Final = {"real": 2, "prot16": 2, "prot32": 4, "prot32-user": 4, "vm86": 4}  # offset of CS in the frame
 _PRIVILEGED: Final = {"long-user": "long", "compat-user": "compat", "prot32-user": "prot32"}
 _DYNAMIC: Final = {(1, 0): {"ebx": 0x00FFFFFF, "ecx": ~(1 << 27)}, (7, 0): {"ecx": ~(1 << 4)}}
@@ -83,20 +84,23 @@ class Host:
 
     # --- probes ---
 
-    def _run(self, mode: str, code: bytes, *, step: bool = False) -> list[Observation]:
+    def _run(
+        self, mode: str, code: bytes, *, step: bool = False, profile: CpuProfile | None = None, rflags: int = 0
+    ) -> list[Observation]:
         if self._machine is None:
             self._machine = KvmMachine(self.kvm, limit=PROBE_LIMIT)
         start = setup(mode, entry=CODE_BASE, profile=self.profile)
+        state = replace(start.state, rflags=start.state.rflags | _FLAGS | rflags)
         case = Case(
-            f"probe/{code.hex()}@{mode}", Memory((*start.blobs, Blob(CODE_BASE, code))), start.state, self.profile,
-            bits=start.bits, actions=(Step(1) if step else Run(4),),
+            f"probe/{code.hex()}@{mode}", Memory((*start.blobs, Blob(CODE_BASE, code))), state,
+            profile or self.profile, bits=start.bits, actions=(Step(1) if step else Run(4),),
         )  # fmt: skip
         self._machine.load(case)
         return list(self._machine.apply(case.actions[0]))
 
-    def _probe(self, mode: str, code: bytes, *, step: bool = False) -> Exit | str:
+    def _probe(self, mode: str, code: bytes, *, step: bool = False, rflags: int = 0) -> Exit | str:
         try:
-            return self._run(mode, code, step=step)[-1].exit
+            return self._run(mode, code, step=step, rflags=rflags)[0].exit
         except (k.KvmError, LookupError) as error:
             return str(error)
 
@@ -131,21 +135,63 @@ class Host:
         if not self.modes.get("long-user", "absent"):
             seen = self._probe("long-user", b"\xe6\x10\xf4")  # out 0x10, al at CPL3 with IOPL 0: must be #GP
             out["iopl-at-long-cpl3"] = "OUT at CPL3 with IOPL 0 is executed" if isinstance(seen, Io) else ""
-            seen_reg = self._first_rip("long-user", b"\x8c\xc8\xf4")  # mov eax, cs
+            seen = self._probe("long-user", b"\xe6\x10\xf4", rflags=0x3000)
+            out["iopl3-at-long-cpl3"] = "" if isinstance(seen, Io) else "OUT at CPL3 with IOPL 3 is not executed"
+            seen_reg = self._rax("long-user", b"\x8c\xc8\xf4")  # mov eax, cs
             want = setup("long-user", entry=CODE_BASE, profile=self.profile).state.cs.selector
             out["selectors-at-long-cpl3"] = "" if seen_reg & 0xFFFF == want else "MOV from CS shows the host's selector"
-            cpuid = self._first_rip("long-user", b"\xb8\x01\x00\x00\x00\x31\xc9\x0f\xa2\xf4")
+            cpuid = self._rax("long-user", b"\xb8\x01\x00\x00\x00\x31\xc9\x0f\xa2\xf4")
             leaf = self.profile.leaf(1)
             same = leaf is not None and cpuid & 0xFFFFFFFF == leaf.eax
-            flags = self._first_rip("long-user", b"\x9c\x58\xf4")  # pushf; pop rax
+            flags = self._rax("long-user", b"\x9c\x58\xf4")  # pushf; pop rax
             out["rflags-at-long-cpl3"] = "PUSHF at CPL3 shows the host's RFLAGS.IF" if flags >> 9 & 1 else ""
+            cr1 = self._probe_vector("long-user", b"\x0f\x20\xc8")  # mov rax, cr1: #UD before #GP (bare CPU)
+            out["cr1-at-long-cpl3"] = "" if cr1 == _UD else f"MOV from CR1 at CPL3 raises vector {cr1}, not #UD"
+            same = same and self._leaf_shown("long-user", 0x80000008, "eax") and self._leaf_shown("long-user", 1, "ecx")
             out["cpuid-at-long-cpl3"] = "" if same else "CPUID shows the host's leaves"
+            past = self._saved_rip("long-user", b"\xf1") == CODE_BASE + 1  # icebp: #DB is a trap
+            out["icebp-at-long-cpl3"] = "" if past else "the #DB of ICEBP at CPL3 saves the RIP of the instruction"
+        if not self.modes.get("compat", "absent"):
+            # pushf; push cs; push CODE_BASE+8; iret; hlt
+            iret = b"\x9c\x0e\x68" + (CODE_BASE + 8).to_bytes(4, "little") + b"\xcf\xf4"
+            vector = self._probe_vector("compat", iret)
+            out["iret-in-compat"] = "" if vector is None else f"IRET in compatibility mode raises vector {vector}"
+        if not self.modes.get("prot32", "absent"):
+            for number, register in ((1, "ecx"), (7, "ebx")):
+                same = self._leaf_shown("prot32", number, register)
+                out[f"cpuid-leaf-{number}"] = "" if same else f"CPUID leaf {number} shows bits that KVM_SET_CPUID2 cleared"
+            pat = self._probe_vector("prot32", b"\xb9\x77\x02\x00\x00\x31\xd2\xb8\x02\x02\x02\x02\x0f\x30\xf4")
+            out["pat-reserved-types"] = "" if pat == _GP else "WRMSR accepts reserved memory types in PAT"
         return out
 
-    def _first_rip(self, mode: str, code: bytes) -> int:
-        """RAX where the guest stops."""
+    def _leaf_shown(self, mode: str, leaf: int, register: str) -> bool:
+        """CPUID in the guest shows a register of a leaf whose named features were taken away with KVM_SET_CPUID2."""
+        bare = with_features(self.profile, remove=[n for n, where in FEATURES.items() if where[:3] == (leaf, 0, register)])
+        entry = bare.leaf(leaf)
+        move = {"eax": b"", "ebx": b"\x89\xd8", "ecx": b"\x89\xc8"}[register]  # mov eax, REGISTER
+        code = b"\xb8" + leaf.to_bytes(4, "little") + b"\x31\xc9\x0f\xa2" + move + b"\xf4"
+        return entry is not None and self._rax(mode, code, bare) & 0xFFFFFFFF == getattr(entry, register)
+
+    def _saved_rip(self, mode: str, code: bytes) -> int:
+        """RIP in the 64-bit frame of the exception that this instruction ends with."""
         try:
-            seen = self._run(mode, code)[-1]
+            state = unpack_sections(self._run(mode, code)[-1].sections)
+        except (k.KvmError, LookupError):
+            return -1
+        assert self._machine is not None
+        return int.from_bytes(self._machine.read(state.ss.base + state.gpr[4], 8), "little")
+
+    def _probe_vector(self, mode: str, code: bytes) -> int | None:
+        """The exception that a guest of this instruction ends with."""
+        try:
+            return self._delivered(self._run(mode, code)[-1])
+        except (k.KvmError, LookupError):
+            return None
+
+    def _rax(self, mode: str, code: bytes, profile: CpuProfile | None = None) -> int:
+        """RAX where the guest stops, -1 when it does not."""
+        try:
+            seen = self._run(mode, code, profile=profile)[-1]
         except (k.KvmError, LookupError):
             return -1
         return unpack_sections(seen.sections).gpr[0] if seen.sections else -1
@@ -181,7 +227,7 @@ class Host:
                 out[mode] = "an exception in virtual-8086 mode does not save and clear the data segments"
         return out
 
-    def _delivered(self, case: Case, seen: Observation | None) -> int | None:
+    def _delivered(self, seen: Observation | None) -> int | None:
         """The vector whose stub a Case of harness.paths has ended in, None when in none."""
         if seen is None or not seen.sections:
             return None
@@ -221,11 +267,11 @@ class Host:
         code = b""
         if isinstance(got, InternalError) and got.suberror == k.KVM_INTERNAL_ERROR_EMULATION:
             code = got.code
-        elif self._delivered(case, difference.got) == _UD:
+        elif self._delivered(difference.got) == _UD:
             code = self._faulting_code(case, difference.got, machine)
         if code and self.lacks(mode, code):
             return f"this KVM's emulator lacks {_instruction(code)} in {mode}"
-        if self._delivered(case, difference.expected) is not None and (odd := self.delivery.get(mode)):
+        if self._delivered(difference.expected) is not None and (odd := self.delivery.get(mode)):
             return f"{mode}: {odd}"
         return ""
 

@@ -12,12 +12,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
+from harness.case import PAGE, Case
+from harness.exits import Timeout
 from harness.lockstep import Difference
+from harness.machine import MemoryDiff
+from harness.modes import STUBS
 from harness.state import FieldDiff
 
 FILE: Final = Path(__file__).resolve().parent.parent / "known_divergences.toml"
 _KEYS: Final = {"name", "cases", "module", "register", "wrong", "why", "reproducer", "reference"}
-_WRONG: Final = ("zero-extended-32",)
+_WRONG: Final = ("zero-extended-32", "not-written", "half-written", "no-exception", "timeout")
 
 
 class KnownError(ValueError):
@@ -28,7 +32,11 @@ class KnownError(ValueError):
 class KnownDivergence:
     """One row. ``cases`` are patterns of Case names, ``module`` patterns of the host's vendor module.
 
-    ``wrong``: ``zero-extended-32`` (the expected value with its upper 32 bits cleared) or a number.
+    ``wrong`` is the exact wrong value: a number; ``zero-extended-32``, the expected value with its upper 32 bits
+    cleared; ``clear N`` or ``set N``, the expected value with the bits of N cleared or set; ``not-written``, memory
+    that should have been written still holds its initial bytes; ``half-written``, a store that faulted left bytes at
+    the end of its first page; ``no-exception``, the guest goes on where an exception must be; ``timeout``, it does not
+    leave KVM_RUN.
     """
 
     name: str
@@ -44,14 +52,55 @@ class KnownDivergence:
         """This row speaks of this Case on this host."""
         return any(fnmatchcase(module, p) for p in self.module) and any(fnmatchcase(case_name, p) for p in self.cases)
 
-    def explains(self, difference: Difference) -> bool:
-        """Everything that differs is a named register with exactly the wrong value."""
-        if difference.exits_differ or difference.memory or not difference.registers:
+    def explains(self, case: Case, difference: Difference) -> bool:
+        """Everything that differs is what this row names, with exactly the wrong value."""
+        if self.wrong == "timeout":
+            return difference.got is not None and isinstance(difference.got.exit, Timeout)
+        if difference.exits_differ:
+            return False
+        if self.wrong == "not-written":
+            return not difference.registers and all(_not_written(case, d) for d in difference.memory)
+        if self.wrong == "half-written":
+            return not difference.registers and all(_page_end(d) for d in difference.memory)
+        if self.wrong == "no-exception":
+            rip = next((d for d in difference.registers if d.name == "rip"), None)
+            return rip is not None and _in_stubs(rip.expected) and not _in_stubs(rip.got)
+        if difference.memory or not difference.registers:
             return False
         return all(d.name in self.register and d.got == self._value(d) for d in difference.registers)
 
     def _value(self, found: FieldDiff) -> int:
-        return found.expected & 0xFFFFFFFF if self.wrong == "zero-extended-32" else int(self.wrong)
+        if isinstance(self.wrong, int):
+            return self.wrong
+        if self.wrong == "zero-extended-32":
+            return found.expected & 0xFFFFFFFF
+        verb, _, number = self.wrong.partition(" ")
+        bits = int(number, 0)
+        return found.expected & ~bits if verb == "clear" else found.expected | bits
+
+
+def _page_end(found: MemoryDiff) -> bool:
+    """Only the last 8 bytes of a page differ (the widest store has 8)."""
+    differing = [found.gpa + i for i, (a, b) in enumerate(zip(found.expected, found.got, strict=True)) if a != b]
+    return all(gpa % PAGE >= PAGE - 8 for gpa in differing)
+
+
+def _in_stubs(rip: int) -> bool:
+    return STUBS <= rip < STUBS + 0x1000
+
+
+def _not_written(case: Case, found: MemoryDiff) -> bool:
+    slot = next(s for s in case.shape.slots if s.gpa <= found.gpa < s.gpa + s.size)
+    at = found.gpa - slot.gpa
+    initial = case.memory.image(slot)[at : at + len(found.got)]
+    return all(got in (want, old) for want, got, old in zip(found.expected, found.got, initial, strict=True))
+
+
+def _usable(wrong: object) -> bool:
+    if isinstance(wrong, int) or wrong in _WRONG:
+        return True
+    verb, _, number = str(wrong).partition(" ")
+    return verb in ("clear", "set") and number.startswith("0x")
 
 
 def load_known(path: Path = FILE) -> tuple[KnownDivergence, ...]:
@@ -65,8 +114,11 @@ def load_known(path: Path = FILE) -> tuple[KnownDivergence, ...]:
         if set(row) != _KEYS:
             wrong = sorted(set(row) ^ _KEYS)
             raise KnownError(f"{path}: divergence {n + 1}: missing or unknown: {', '.join(wrong)}")
-        if not isinstance(row["wrong"], int) and row["wrong"] not in _WRONG:
-            raise KnownError(f"{path}: divergence {n + 1}: wrong must be a number or one of {', '.join(_WRONG)}")
+        if not _usable(row["wrong"]):
+            raise KnownError(
+                f"{path}: divergence {n + 1}: wrong must be a number, 'clear 0xN', 'set 0xN' "
+                f"or one of {', '.join(_WRONG)}"
+            )
         lists = {key: tuple(row[key]) for key in ("cases", "module", "register")}
         out.append(KnownDivergence(**{**row, **lists}))
     return tuple(out)

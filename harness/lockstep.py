@@ -64,8 +64,8 @@ def compare_registers(expected: Observation, got: Observation) -> tuple[FieldDif
     left, right = expected.sections, got.sections
     if not left or not right or left == right:
         return ()
-    names = [name for name in right if name in left and left[name] != right[name]]
-    if not names:
+    names = [name for name in right if name in left]
+    if all(left[name] == right[name] for name in names):
         return ()
     want = unpack_sections({name: left[name] for name in names})
     have = unpack_sections({name: right[name] for name in names})

@@ -29,8 +29,8 @@ from harness.exits import (
     Timeout,
     Unknown,
 )
-from harness.pool import Packer, Pool, Warm
-from harness.state import CpuState, pack_sections, unpack_sections
+from harness.pool import SHARED, Packer, Pool, Warm, may_be_nested
+from harness.state import CpuState, pack_regs, pack_sections, unpack_sections
 from harness.vm import RUN_LIMIT, SYNC, Kvm, RunTimeoutError, Vcpu
 
 Sections = tuple[str, ...]
@@ -124,6 +124,7 @@ class KvmMachine:
         self._pending = False  # an operation waits for KVM_RUN to complete it; the next Case's would
         self._reads = 0
         self._sections: Sections = ()
+        self._shared: Sections = ()
         self._msr_indices: tuple[int, ...] = ()
 
     # --- life ---
@@ -141,14 +142,16 @@ class KvmMachine:
 
     def load(self, case: Case) -> None:
         """Give the Case its VM, RAM and start state. KvmError or LookupError when this KVM refuses some of it."""
-        if self._warm is not None and (self._poisoned or self._pending or self._warm.nested):
+        if self._warm is not None and (self._poisoned or self._pending or may_be_nested(self._warm.seen)):
             self._pool.drop(self._warm)
         self._warm = None
         self._poisoned, self._pending = True, False  # poisoned until the start state is in whole
         warm = self._warm = self._pool.get(case.shape, case.profile)
         self._case = case
         self._reads = 0
-        self._sections = self.visible(case)
+        names = self.visible(case)
+        if names != self._sections:
+            self._sections, self._shared = names, tuple(name for name in SHARED if name in names)
         self._msr_indices = tuple([index for index, _ in case.start.msrs])
         warm.load(case.memory)
         self._set_start(warm, case.start)
@@ -172,20 +175,18 @@ class KvmMachine:
     def _set_start(self, warm: Warm, start: CpuState) -> None:
         """Set what does not already hold the start state's bytes, as the last Case's last observation showed them."""
         vcpu, seen = warm.vcpu, warm.seen
-        for name in _SET_ORDER:
-            if name not in self._sections and name != "pkru":
-                continue
-            data = self._packer.pack(start, name)
-            if name == "pkru":  # no section of its own: unknown to observations
-                if data != warm.pkru or start.pkru:
-                    vcpu.put(name, data)
-                    warm.pkru = data
-            elif name == "regs" and self._sync:
-                vcpu.sync_put(name, data)
-            elif seen.get(name) != data:
+        for name, data in self._packer.rest(start, self._shared):
+            if seen.get(name) != data:
                 vcpu.put(name, data)
+        vcpu.run_page.cr8 = start.cr8  # without an in-kernel APIC, KVM_RUN takes CR8 from here (api.rst section 5)
+        if start.pkru or any(warm.pkru):  # in no section that observations hold
+            warm.pkru = pack_sections(start, ("pkru",))["pkru"]
+            vcpu.put("pkru", warm.pkru)
         if self._sync:
             vcpu.sync_enable(self._sync_mask)
+            vcpu.sync_put("regs", pack_regs(start))
+        else:
+            vcpu.put("regs", pack_regs(start))
 
     # --- actions ---
 
@@ -201,7 +202,7 @@ class KvmMachine:
                     yield Observation(self._exit(reason), {})
                 else:
                     self._pending = False
-                    yield Observation(Halt(), self._observe())
+                    yield Observation(Halt(), self._observe(self._loaded()))
             case SetState():
                 self._set_registers(action)
             case Step():
@@ -214,7 +215,8 @@ class KvmMachine:
                 raise TypeError(f"no such action: {action!r}")
 
     def _run(self, action: Run) -> Iterator[Observation]:
-        vcpu = self.vcpu
+        warm = self._loaded()
+        vcpu = warm.vcpu
         done = 0
         following: int | None = None
         try:
@@ -236,16 +238,17 @@ class KvmMachine:
                         return
                     following = vcpu.complete(self.limit)
                     self._pending = following is not None
-                yield Observation(exit_, {} if following is not None else self._observe())
+                yield Observation(exit_, {} if following is not None else self._observe(warm))
                 if exit_.terminal or done >= action.limit:
                     return
         except RunTimeoutError:
             self._poisoned = True
             yield Observation(Timeout(self.limit), {})
 
-    def _observe(self) -> dict[str, bytes]:
+    def _observe(self, warm: Warm) -> dict[str, bytes]:
         """The visible state at an exit, remembered for the next start state."""
-        self._loaded().seen = sections = self.sections()
+        sections = self.sections()
+        warm.remember(sections)
         return sections
 
     def sections(self) -> dict[str, bytes]:

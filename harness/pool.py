@@ -10,7 +10,7 @@ import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import Any, Final
+from typing import Final
 
 from harness.case import PAGE, Memory, Pages, VmShape
 from harness.cpuid import CpuProfile
@@ -54,15 +54,9 @@ class Warm:
         """The sections as they were last observed; empty once anything may have changed them."""
         return self._seen if self._seen_epoch == self.vcpu.epoch else {}
 
-    @seen.setter
-    def seen(self, sections: Mapping[str, bytes]) -> None:
+    def remember(self, sections: Mapping[str, bytes]) -> None:
+        """``sections`` were observed just now."""
         self._seen, self._seen_epoch = sections, self.vcpu.epoch
-
-    @property
-    def nested(self) -> bool:
-        """Whether the guest was last seen with SVM or VMX enabled: it may have nested state that no section shows."""
-        sregs = self.seen.get("sregs2") or self.seen.get("sregs")
-        return sregs is not None and bool(sregs[_CR4_BYTE1] & _VMXE or sregs[_EFER_BYTE1] & _SVME)
 
     # --- RAM ---
 
@@ -105,6 +99,12 @@ class Warm:
         return True
 
 
+def may_be_nested(sections: Mapping[str, bytes]) -> bool:
+    """Whether a guest seen in this state has SVM or VMX enabled: it may have nested state that no section shows."""
+    sregs = sections.get("sregs2") or sections.get("sregs")
+    return sregs is not None and bool(sregs[_CR4_BYTE1] & _VMXE or sregs[_EFER_BYTE1] & _SVME)
+
+
 class Pool:
     """Warm VMs by (shape, profile), at most ``size``; the one least recently used makes room."""
 
@@ -144,34 +144,26 @@ class Pool:
 
 
 class Packer:
-    """``pack_sections`` that packs a section anew only where the registers in it are not those of the last call."""
+    """``pack_sections`` for start states, most of which share everything but the general-purpose registers.
+
+    Packs anew only where the registers are not those of the last call: equal registers pack to equal bytes.
+    """
 
     def __init__(self) -> None:
-        self._last: dict[str, tuple[Any, bytes]] = {}
+        self._key: object = None
+        self._packed: tuple[tuple[str, bytes], ...] = ()
 
-    def pack(self, state: CpuState, name: str) -> bytes:
-        """One section of ``state``."""
-        registers = INPUTS.get(name)
-        if registers is None:
-            return pack_sections(state, (name,))[name]
-        key = registers(state)
-        last = self._last.get(name)
-        if last is not None and last[0] == key:
-            return last[1]
-        data = pack_sections(state, (name,))[name]
-        self._last[name] = (key, data)
-        return data
+    def rest(self, state: CpuState, names: tuple[str, ...]) -> tuple[tuple[str, bytes], ...]:
+        """``names``, of :data:`SHARED`, with their bytes."""
+        key = (names, state.gpr[16:], _INPUTS(state))
+        if self._key != key:
+            self._packed, self._key = tuple(pack_sections(state, names).items()), key
+        return self._packed
 
 
-_SREGS: Final = (
-    *SEGMENT_NAMES, "gdtr", "idtr", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base", "pdptr",
+SHARED: Final = ("xcr0", "sregs2", "sregs", "msrs", "debugregs", "egpr", "events")
+"""The sections that :class:`Packer` packs, in the order in which a start state is written."""
+_INPUTS: Final = attrgetter(
+    *SEGMENT_NAMES, "gdtr", "idtr", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base", "pdptr", "xcr0", "dr",
+    "dr6", "dr7", "events", "msrs",
 )  # fmt: skip
-INPUTS: Final[Mapping[str, Callable[[CpuState], Any]]] = {
-    "sregs2": attrgetter(*_SREGS),
-    "sregs": attrgetter(*_SREGS),
-    "events": attrgetter("events"),
-    "debugregs": attrgetter("dr", "dr6", "dr7"),
-    "xcr0": attrgetter("xcr0"),
-    "pkru": attrgetter("pkru"),
-}
-"""Section -> what it is packed from, for sections that many start states share. Equal inputs pack to equal bytes."""

@@ -68,7 +68,7 @@ class Runner:
                 return result(Verdict.HEALED, outcome.checks, f"{rows[0].name} no longer diverges")
             return result(Verdict.AGREE, outcome.checks, "")
         for row in rows:
-            if row.explains(found):
+            if row.explains(case, found):
                 return result(Verdict.KNOWN, outcome.checks, f"{row.name}: {found.summary()}", found)
         if reason := self.host.excuse(case, found, self.machine):
             return result(Verdict.UNSUPPORTED, outcome.checks, reason, found)

@@ -271,8 +271,8 @@ def diff(expected: CpuState, got: CpuState, ignore: Mapping[str, int] | None = N
     """Registers in which two states differ, bits of ``ignore`` (flat name -> mask of undefined bits) left aside.
 
     A segment that was loaded with a null selector has no architectural content but that selector, FS and GS base in
-    64-bit mode, and SS.DPL, which holds the CPL; the rest is not compared once both sides call it unusable or not
-    present, which are the words of VMX and SVM for the same thing (SDM vol. 3C 25.4.1; APM vol. 2 4.8.3, 15.5.1).
+    long mode, and SS.DPL, which holds the CPL; the rest is not compared once both sides call it null, unusable or not
+    present, the last two being the words of VMX and SVM for the first (SDM vol. 3C 25.4.1; APM vol. 2 4.8.3, 15.5.1).
     """
     ignore = ignore or {}
     left, right = expected.flat(), got.flat()
@@ -281,7 +281,8 @@ def diff(expected: CpuState, got: CpuState, ignore: Mapping[str, int] | None = N
         for seg in SEGMENT_NAMES
         if _empty(left, seg) and _empty(right, seg)
         for part in SEGMENT_PARTS
-        if part != "selector" and (seg, part) not in (("fs", "base"), ("gs", "base"), ("ss", "dpl"))
+        if part != "selector" and (seg, part) != ("ss", "dpl")
+        if part != "base" or seg not in ("fs", "gs") or not left["efer"] & 1 << 10
     }
     out = []
     for name, want in left.items():
@@ -292,7 +293,11 @@ def diff(expected: CpuState, got: CpuState, ignore: Mapping[str, int] | None = N
 
 
 def _empty(flat: Mapping[str, int], segment: str) -> bool:
-    return bool(flat[f"{segment}.unusable"] or not flat[f"{segment}.present"])
+    """Unusable, not present, or loaded with a null selector in protected mode."""
+    if flat[f"{segment}.unusable"] or not flat[f"{segment}.present"]:
+        return True
+    protected = flat["cr0"] & 1 and not flat["rflags"] & 1 << 17
+    return bool(protected and segment not in ("cs", "tr") and not flat[f"{segment}.selector"] & 0xFFFC)
 
 
 # --- the KVM structures ---------------------------------------------------------------------------------------------

@@ -262,8 +262,8 @@ class Vcpu(_Owner):
         self.epoch = 0  # counts what may have changed the vCPU or RAM
         self._expired = False
         self._xsave = k.xsave(vm.kvm.xsave_size)
-        self._buffers = {name: type_() for name, (_, _, type_) in _STRUCTURES.items()}
-        self._xcrs = k.kvm_xcrs()
+        self._buffers = {name: _Buffer(get, put, type_()) for name, (get, put, type_) in _STRUCTURES.items()}
+        self._xcrs = _Buffer(k.KVM_GET_XCRS, k.KVM_SET_XCRS, k.kvm_xcrs())
         self._egpr_offset = profile.xsave_offset(_APX) if profile else None
         self._pkru_offset = profile.xsave_offset(_PKRU) if profile else None
         _WATCHDOG.prepare()
@@ -394,10 +394,10 @@ class Vcpu(_Owner):
         """Read a section. KvmError when this KVM cannot; KeyError for a name not in harness.state.SECTIONS."""
         if self._dirty:
             self._flush()
-        if name in _STRUCTURES:
-            buffer = self._buffers[name]
-            ioctl(self.fd, _STRUCTURES[name][0], buffer)
-            return bytes(buffer)
+        buffer = self._buffers.get(name)
+        if buffer is not None:
+            ioctl(self.fd, buffer.get, buffer.address)
+            return buffer.view.tobytes()
         return _GETTERS[name](self)
 
     def put(self, name: str, data: bytes) -> None:
@@ -406,10 +406,10 @@ class Vcpu(_Owner):
             self._flush()
         self._mirrored = False
         self.epoch += 1
-        if name in _STRUCTURES:
-            buffer = self._buffers[name]
-            ctypes.memmove(ctypes.addressof(buffer), data, len(data))
-            ioctl(self.fd, _STRUCTURES[name][1], buffer)
+        buffer = self._buffers.get(name)
+        if buffer is not None:
+            buffer.view[:] = data
+            ioctl(self.fd, buffer.put, buffer.address)
             return
         _SETTERS[name](self, data)
 
@@ -436,8 +436,9 @@ class Vcpu(_Owner):
             raise LookupError(f"KVM_SET_MSRS refused MSR {values[done][0]:#x} = {values[done][1]:#x}")
 
     def _get_xcr0(self) -> bytes:
-        ioctl(self.fd, k.KVM_GET_XCRS, self._xcrs)
-        return bytes(self._xcrs)[_XCR0] if self._xcrs.nr_xcrs else _XCR0_RESET
+        ioctl(self.fd, k.KVM_GET_XCRS, self._xcrs.address)
+        image = self._xcrs.view.tobytes()
+        return image[_XCR0] if image[0] else _XCR0_RESET  # nr_xcrs, 16 at most
 
     def _put_xcr0(self, data: bytes) -> None:
         buffer = k.kvm_xcrs(nr_xcrs=1)
@@ -478,6 +479,17 @@ class Vcpu(_Owner):
         value = ctypes.c_uint64(struct.unpack("<Q", data)[0])
         reg = k.kvm_one_reg(id=k.KVM_X86_REG_KVM(k.KVM_REG_GUEST_SSP), addr=ctypes.addressof(value))
         ioctl(self.fd, k.KVM_SET_ONE_REG, reg)
+
+
+class _Buffer:
+    """A structure that ioctls fill and read, kept with its address and its bytes."""
+
+    __slots__ = ("address", "get", "put", "structure", "view")
+
+    def __init__(self, get: int, put: int, structure: ctypes.Structure) -> None:
+        self.get, self.put, self.structure = get, put, structure
+        self.address = ctypes.addressof(structure)
+        self.view = memoryview(structure).cast("B")
 
 
 # Section -> (get, set, structure)

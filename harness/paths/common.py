@@ -63,9 +63,16 @@ _MODE_FEATURES: Final = {
 _ENTRY_FEATURES: Final = (
     ("cmpxchg16b", "cx16"), ("cmpxchg8b", "cx8"), ("cmov", "cmov"), ("syscall", "syscall"), ("real_to_long", "lm"),
 )  # fmt: skip
-# (mode, entry prefix) -> what a host must honour for the entry to mean anything (harness/host.py: traits).
+# (mode or any, start of the Case's name) -> the trait of harness/host.py that a host must have.
 _ENTRY_TRAITS: Final = (
-    ("long-user", "pushf", "rflags-at-long-cpl3"), ("long-user", "cpuid", "cpuid-at-long-cpl3"),
+    ("long-user", "flags/pushf", "rflags-at-long-cpl3"), ("long-user", "flags/popf", "rflags-at-long-cpl3"),
+    ("long-user", "flags/toggle", "rflags-at-long-cpl3"), ("long-user", "fault/tf_flag", "rflags-at-long-cpl3"),
+    ("long-user", "msr/cpuid", "cpuid-at-long-cpl3"), ("long-user", "segment/", "selectors-at-long-cpl3"),
+    ("long-user", "control/cr1", "cr1-at-long-cpl3"), ("long-user", "control/cr5", "cr1-at-long-cpl3"),
+    ("long-user", "fault/icebp", "icebp-at-long-cpl3"),
+    ("compat", "segment/iret", "iret-in-compat"), ("compat-user", "segment/iret", "iret-in-compat"),
+    ("", "msr/cpuid_7", "cpuid-leaf-7"), ("", "msr/cpuid_1", "cpuid-leaf-1"),
+    ("", "msr/wrmsr_random_pat", "pat-reserved-types"),
 )  # fmt: skip
 
 
@@ -106,14 +113,18 @@ def cases(family: Family, profile: CpuProfile, *, seeds: int | None = None) -> I
                 if entry.startswith(prefix):
                     needs = needs | {feature}
             for where, prefix, trait in _ENTRY_TRAITS:
-                if mode == where and entry.startswith(prefix):
+                if where in ("", mode) and f"{family.name}/{entry}".startswith(prefix):
                     needs = needs | {f"trait:{trait}"}
+            entry_needs = needs
             for n in range(family.seeds if seeds is None else seeds):
+                needs = entry_needs
                 name = f"{family.name}/{entry}@{mode}#{n}"
                 seed = zlib.crc32(name.encode())
                 start = start_state(base, address, seed, apx="apx" in needs & profile.features)
                 if family.iopl and n % 2:
                     start = replace(start, rflags=start.rflags | _IOPL3)
+                    if mode == "long-user":
+                        needs |= {"trait:iopl3-at-long-cpl3"}
                 yield Case(
                     name=name, memory=memory, start=start, profile=profile,
                     actions=_ACTIONS, bits=base.bits, requires=needs, seed=seed,

@@ -334,6 +334,15 @@ def _aad(insn: Insn) -> Operation:
     return op
 
 
+def _salc(insn: Insn) -> Operation:
+    """AL = CF ? FF : 0. Undocumented, on every processor; the bare CPU decides."""
+
+    def op(cpu: Cpu) -> None:
+        cpu.write_reg(8, RAX, 0xFF if cpu.flags(CF) else 0)
+
+    return op
+
+
 def _carry_chain(flag: int) -> Callable[[Insn], Operation]:
     """ADCX, ADOX: an addition whose only carry in and out is CF, or OF."""
 
@@ -413,6 +422,7 @@ ALU_ROWS: Final[list[Row]] = [
     Row("aaa", "37", "", _ascii(False), "SDM 2A AAA", "AC", "OSZP", modes="no64"),
     Row("aas", "3F", "", _ascii(True), "SDM 2A AAS", "AC", "OSZP", modes="no64"),
     Row("aam", "D4", "Ib", _aam, "SDM 2A AAM", "SZP", "OAC", modes="no64"),
+    Row("salc", "D6", "", _salc, "AMD K86 code optimization guide; in no manual of Intel's", modes="no64"),
     Row("aad", "D5", "Ib", _aad, "SDM 2A AAD", "SZP", "OAC", modes="no64"),
     Row("adcx", "66 0F 38 F6 /r", "Gy,Ey", _carry_chain(CF), "SDM 2A ADCX", "C", feature="adx"),
     Row("adox", "F3 0F 38 F6 /r", "Gy,Ey", _carry_chain(OF), "SDM 2A ADOX", "O", feature="adx"),

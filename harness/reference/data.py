@@ -376,6 +376,11 @@ def _nop(insn: Insn) -> Operation:
     return op
 
 
+def _prefetchw(insn: Insn) -> Operation:
+    """PREFETCHW: its register form is #UD on AMD (APM vol. 3 PREFETCH) and a reserved NOP on Intel (table A-3)."""
+    return undefined_opcode(insn) if insn.amd and insn.mod == 3 else _nop(insn)
+
+
 def _touch(insn: Insn) -> Operation:
     """CLFLUSH: accesses its byte as a load does."""
     ea, seg = insn.address(), insn.seg
@@ -404,9 +409,9 @@ DATA_ROWS: Final[list[Row]] = [
     Row("mov", "B8+r", "Zv,Iv", _mov_immediate, _MOV),
     Row("mov", "C6 /0", "Eb,Ib", _mov_immediate, _MOV),
     Row("mov", "C7 /0", "Ev,Iz", _mov_immediate, _MOV),
-    Row("movnti", "0F C3 /r:m", "Ey,Gy", _mov, "SDM 2B MOVNTI", feature="sse2"),
-    Row("movbe", "NP 0F 38 F0 /r:m", "Gv,Ev", _movbe(True), "SDM 2B MOVBE", feature="movbe"),
-    Row("movbe", "NP 0F 38 F1 /r:m", "Ev,Gv", _movbe(False), "SDM 2B MOVBE", feature="movbe"),
+    Row("movnti", "NP 0F C3 /r:m", "Ey,Gy", _mov, "SDM 2B MOVNTI", feature="sse2"),
+    Row("movbe", "NR 0F 38 F0 /r:m", "Gv,Ev", _movbe(True), "SDM 2B MOVBE", feature="movbe"),
+    Row("movbe", "NR 0F 38 F1 /r:m", "Ev,Gv", _movbe(False), "SDM 2B MOVBE", feature="movbe"),
     Row("movzx", "0F B6 /r", "Gv,Eb", _extend(False), "SDM 2B MOVZX"),
     Row("movzx", "0F B7 /r", "Gv,Ew", _extend(False), "SDM 2B MOVZX"),
     Row("movsx", "0F BE /r", "Gv,Eb", _extend(True), "SDM 2B MOVSX/MOVSXD"),
@@ -439,7 +444,7 @@ DATA_ROWS: Final[list[Row]] = [
     Row("bound", "62 /r:m", "Gv,M", _bound, "SDM 2A BOUND", modes="no64"),
     *(Row("nop", f"0F {b:02X} /r", "Ev", _nop, "SDM 2D table A-3") for b in (0x19, 0x1A, 0x1B, 0x1C, 0x1D, 0x1E, 0x1F)),
     Row("prefetch", "0F 18 /r", "Eb", _nop, "SDM 2B PREFETCHh"),
-    Row("prefetchw", "0F 0D /r", "Eb", _nop, "SDM 2B PREFETCHW"),
+    Row("prefetchw", "0F 0D /r", "Eb", _prefetchw, "SDM 2B PREFETCHW"),
     Row("lfence", "NP 0F AE /5:r", "", _nop, "SDM 2A LFENCE", feature="sse2"),
     Row("mfence", "NP 0F AE /6:r", "", _nop, "SDM 2B MFENCE", feature="sse2"),
     Row("sfence", "NP 0F AE /7:r", "", _nop, "SDM 2B SFENCE", feature="sse"),

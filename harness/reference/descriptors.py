@@ -81,14 +81,20 @@ def accessed(cpu: Cpu, selector: int, data: bytes) -> Segment:
 def null_segment(cpu: Cpu, old: Segment, selector: int, dpl: int = 0) -> Segment:
     """What loading a null selector makes of a segment register.
 
-    Intel clears the base; AMD keeps base and limit unless CPUID 80000021H EAX[6] says otherwise (APM vol. 2 4.5.3,
-    vol. 3 appendix E.4.19).
+    Intel clears the base. AMD keeps it up to family 17H (APM vol. 2 4.5.3); CPUID 80000021H EAX[6] says that it is
+    cleared (vol. 3 appendix E), and so it is on a family 19H part that does not show the bit.
     """
-    base = old.base
-    entry = cpu.profile.leaf(0x80000021)
-    if not cpu.amd or (entry is not None and entry.eax >> 6 & 1):
-        base = 0
+    base = old.base if cpu.amd and not _null_clears_base(cpu) else 0
     return replace(old, selector=selector, base=base, dpl=dpl, present=0, unusable=1)
+
+
+def _null_clears_base(cpu: Cpu) -> bool:
+    said, first = cpu.profile.leaf(0x80000021), cpu.profile.leaf(1)
+    family = 0
+    if first is not None:
+        family = first.eax >> 8 & 0xF
+        family += first.eax >> 20 & 0xFF if family == 0xF else 0
+    return bool(family >= 0x19 or (said is not None and said.eax >> 6 & 1))
 
 
 def real_segment(cpu: Cpu, old: Segment, selector: int) -> Segment:

@@ -72,6 +72,11 @@ def lookup(cpu: Cpu) -> CodeEntry:
     return entry
 
 
+def _with_rip(error: ModelError, rip: int) -> ModelError:
+    text = str(error)
+    return error if f"{rip:#x}" in text else ModelError(f"{text} (RIP {rip:#x})")
+
+
 def take(cpu: Cpu, fault: Fault) -> None:
     """Deliver a fault of the instruction at ``cpu.start_rip``. events.TripleFault when that ends in shutdown."""
     cpu.rip = cpu.start_rip
@@ -119,7 +124,7 @@ def step(cpu: Cpu) -> bool:
         return False
     except ModelError as error:
         cpu.rip = rip
-        raise ModelError(f"{error} (RIP {rip:#x})") from None
+        raise _with_rip(error, rip) from None
     if cpu.repeat:
         cpu.repeat = False
     else:
@@ -162,7 +167,7 @@ def run(cpu: Cpu, budget: int) -> bool:
                 take(cpu, fault)
             except ModelError as error:
                 cpu.rip = rip
-                raise ModelError(f"{error} (RIP {rip:#x})") from None
+                raise _with_rip(error, rip) from None
             else:
                 string = entry.string
                 if cpu.repeat:

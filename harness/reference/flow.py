@@ -23,7 +23,6 @@ from harness.reference.cpu import (
     RCX,
     RF,
     SF,
-    SHADOW_STI,
     SS,
     TF,
     UD,
@@ -33,6 +32,7 @@ from harness.reference.cpu import (
     ZF,
     Cpu,
     Fault,
+    ModelError,
 )
 from harness.reference.data import CONDITIONS, condition
 from harness.reference.insn import Insn, Operation, Row, undefined_opcode
@@ -109,9 +109,14 @@ def _ret(insn: Insn) -> Operation:
 
 
 def _loop(kind: str) -> Callable[[Insn], Operation]:
-    """LOOP, LOOPE, LOOPNE: the counter is rCX of the address size; no flag is written."""
+    """LOOP, LOOPE, LOOPNE: the counter is rCX of the address size; no flag is written.
+
+    F2 and F3 on LOOPE and LOOPNE are reserved (SDM vol. 2A 2.1.1), and matter: AMD silicon obeys them.
+    """
 
     def operation(insn: Insn) -> Operation:
+        if insn.rep and kind != "loop":
+            raise ModelError(f"{insn.code.hex(' ')}: a repeat prefix on {kind} is reserved")
         jump, size = _jump(insn), insn.addrsize
 
         def op(cpu: Cpu) -> None:

@@ -30,10 +30,10 @@ def flag_mask(letters: str) -> int:
 class Row:
     """One encoding of one instruction.
 
-    ``opcode`` is the manual's notation: optional mandatory prefix (``66``, ``F2``, ``F3``, or ``NP``: neither F2 nor
-    F3), opcode bytes, ``+r`` for a register in the low three bits, ``/0``..``/7`` for an extension in ModRM.reg,
-    ``/r`` for a ModRM byte, ``/r:m`` or ``/0:r`` to demand memory or register in ModRM.rm, or a whole ModRM byte
-    after ``=`` (``0F 01 =D0``).  ``writes``/``undefined``/: status flags (OSZAPC) written, left undefined.
+    ``opcode`` is the manual's notation: optional mandatory prefix (``66``, ``F2``, ``F3``; ``NP``: none of them may be
+    there; ``NR``: neither F2 nor F3), opcode bytes, ``+r`` for a register in the low three bits, ``/0``..``/7`` for an
+    extension in ModRM.reg, ``/r`` for a ModRM byte, ``/r:m`` or ``/0:r`` to demand memory or register in ModRM.rm, or a
+    whole ModRM byte after ``=`` (``0F 01 =D0``).  ``writes``, ``undefined``: status flags written, left undefined.
     ``size``: ``v`` by prefixes, ``d64`` 64 by default in 64-bit mode (no 32), ``f64`` always 64 there, ``n64`` near
     branch (64 there; AMD honours 66).  ``modes``: ``all``, ``64``, ``no64``. ``feature``: CPUID name, #UD without it.
     ``lock``: LOCK is valid when the first operand is memory. ``operation`` compiles an Insn to a function of the Cpu.

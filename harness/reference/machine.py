@@ -10,7 +10,7 @@ from typing import Final
 from harness.case import Action, Case, Complete, Inject, Observation, Run, SaveRestore, SetState, Step
 from harness.exits import Debug, Exit, Halt, Shutdown
 from harness.reference import events, execute
-from harness.reference.cpu import Cpu, ModelError
+from harness.reference.cpu import RF, Cpu, ModelError
 from harness.state import pack_sections
 
 BUDGET: Final = 1_000_000
@@ -144,8 +144,13 @@ class ReferenceMachine:
         for exit in first:
             self._shown.append(Observation(exit, {}, retired=cpu.retired))
         # A machine may show the end of a REP at its restart point, with rCX already zero: as right as past it.
+        # Between iterations RFLAGS.RF may be set: "the processor sets RF in the image of RFLAGS that it saves" (SDM
+        # vol. 3B 18.3.1.1, on interruptions of repeated string instructions).
         done = string and cpu.rip != cpu.start_rip
-        self._shown.append(self._observe(last, {"rip": (cpu.start_rip,)} if done else {}))
+        seen = self._observe(last, {"rip": (cpu.start_rip,)} if done else {})
+        if string:
+            seen = replace(seen, ignore={**seen.ignore, "rflags": seen.ignore.get("rflags", 0) | RF})
+        self._shown.append(seen)
         cpu.pending_exits.clear()
 
     def _shutdown(self) -> None:

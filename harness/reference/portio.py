@@ -1,4 +1,4 @@
-"""IN, OUT and HLT (SDM vol. 2A, 2B; vol. 1 18.5 for I/O protection)."""
+"""IN, OUT, HLT, CLI, STI (SDM vol. 2A, 2B; vol. 1 18.5 for I/O protection; vol. 3A 20.3 and 20.4 for VIF)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Final
 
 from harness.exits import Halt, Io
-from harness.reference.cpu import GP, IOPL, MASK, RAX, RDX, Cpu, Fault
+from harness.reference.cpu import GP, IF, IOPL, MASK, RAX, RDX, SHADOW_STI, VIF, VIP, Cpu, Fault
 from harness.reference.insn import Insn, Operation, Row
 from harness.reference.segments import privileged
 from harness.state import MASK64
 
-_CR4_DE: Final = 8
+_CR4_VME, _CR4_PVI, _CR4_DE = 1, 2, 8
 
 
 def io_allowed(cpu: Cpu, port: int, n: int) -> None:
@@ -101,6 +101,40 @@ def hlt(insn: Insn) -> Operation:
     return op
 
 
+def _virtual(cpu: Cpu) -> bool:
+    """Whether CLI and STI act on VIF; #GP(0) when they may not act at all (SDM vol. 2A CLI table 3-7)."""
+    if not cpu.pe or cpu.cpl <= (cpu.rflags & IOPL) >> 12:
+        return False
+    if cpu.cr4 & (_CR4_VME if cpu.vm86 else _CR4_PVI) and cpu.cpl == 3:
+        return True
+    raise Fault(GP, 0)
+
+
+def cli(insn: Insn) -> Operation:
+    """CLI."""
+
+    def op(cpu: Cpu) -> None:
+        cpu.rflags &= ~(VIF if _virtual(cpu) else IF)
+
+    return op
+
+
+def sti(insn: Insn) -> Operation:
+    """STI: interrupts stay off for one more instruction if IF was clear (SDM vol. 2B STI)."""
+
+    def op(cpu: Cpu) -> None:
+        if _virtual(cpu):
+            if cpu.rflags & VIP:
+                raise Fault(GP, 0)
+            cpu.rflags |= VIF
+            return
+        if not cpu.rflags & IF:
+            cpu.rflags |= IF
+            cpu.shadow = SHADOW_STI
+
+    return op
+
+
 PORT_ROWS: Final = [
     Row("in", "E4", "AL,Ib", lambda i: in_(i, True, True), "SDM 2A IN"),
     Row("in", "E5", "eAX,Ib", lambda i: in_(i, False, True), "SDM 2A IN"),
@@ -110,5 +144,7 @@ PORT_ROWS: Final = [
     Row("out", "E7", "Ib,eAX", lambda i: out(i, False, True), "SDM 2B OUT"),
     Row("out", "EE", "DX,AL", lambda i: out(i, True, False), "SDM 2B OUT"),
     Row("out", "EF", "DX,eAX", lambda i: out(i, False, False), "SDM 2B OUT"),
+    Row("cli", "FA", "", cli, "SDM 2A CLI", writes="I"),
+    Row("sti", "FB", "", sti, "SDM 2B STI", writes="I"),
     Row("hlt", "F4", "", hlt, "SDM 2A HLT"),
 ]

@@ -18,8 +18,13 @@ _Body = Callable[[Cpu, int, int], None]
 """One iteration: given the offsets in RSI and RDI. It moves no pointer."""
 
 
-def _string(insn: Insn, size: int, body: _Body, *, si: bool, di: bool, compare: bool = False) -> Operation:
-    """Wrap one iteration of ``size`` bits with the pointers, the count and the termination condition."""
+def _string(
+    insn: Insn, size: int, body: _Body, *, si: bool, di: bool, compare: bool = False, port: bool = False
+) -> Operation:
+    """Wrap one iteration of ``size`` bits with the pointers, the count and the termination condition.
+
+    ``port``: the I/O permission is checked even when the count is zero (an AMD Zen 4 does; the manuals do not say).
+    """
     asz, rep, step = insn.addrsize, insn.rep, size >> 3
     mask = MASK[asz]
     until_zf = 0 if rep == 0xF3 else ZF
@@ -38,6 +43,8 @@ def _string(insn: Insn, size: int, body: _Body, *, si: bool, di: bool, compare: 
 
     def repeated(cpu: Cpu) -> None:
         count = cpu.gpr[RCX] & mask
+        if port:
+            io_allowed(cpu, cpu.gpr[RDX] & 0xFFFF, step)
         if not count:
             return
         iteration(cpu)
@@ -119,7 +126,7 @@ def ins(insn: Insn, byte: bool) -> Operation:
         cpu.mem.check(ES, di, n, True)
         cpu.mem.write(ES, di, n, port_in(cpu, port, n))
 
-    return _string(insn, size, body, si=False, di=True)
+    return _string(insn, size, body, si=False, di=True, port=True)
 
 
 def outs(insn: Insn, byte: bool) -> Operation:
@@ -132,7 +139,7 @@ def outs(insn: Insn, byte: bool) -> Operation:
         io_allowed(cpu, port, n)
         port_out(cpu, port, n, cpu.mem.read(seg, si, n))
 
-    return _string(insn, size, body, si=True, di=False)
+    return _string(insn, size, body, si=True, di=False, port=True)
 
 
 _Maker = Callable[[Insn, bool], Operation]

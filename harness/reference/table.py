@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +13,14 @@ from harness.reference.insn import Row
 from harness.reference.shift import SHIFT_ROWS
 from harness.reference.system import SYSTEM_ROWS
 
-_MAPS: Final = {"0F": 1, "0F38": 2, "0F3A": 3}
+_PREFIX_TEST: Final[dict[str, Callable[[bool, int], bool]]] = {
+    "NP": lambda osz, rep: not rep and not osz,
+    "NR": lambda osz, rep: not rep,
+    "66": lambda osz, rep: osz and not rep,
+    "F2": lambda osz, rep: rep == 0xF2,
+    "F3": lambda osz, rep: rep == 0xF3,
+}
+"""Mandatory prefix -> whether the operand-size and repeat prefixes that are there select the row."""
 
 
 @dataclass(slots=True)
@@ -31,10 +39,7 @@ class Entry:
 
     def selected(self, modrm: int, osz: bool, rep: int) -> bool:
         """Whether this entry is the one for the ModRM byte (-1: none there) and the prefixes; ModRM.mod aside."""
-        p = self.prefix
-        if p and not (
-            (p == "NP" and not rep) or (p == "66" and osz and not rep) or (p in ("F2", "F3") and rep == int(p, 16))
-        ):
+        if self.prefix and not _PREFIX_TEST[self.prefix](osz, rep):
             return False
         if not self.modrm:
             return True
@@ -50,7 +55,8 @@ class Entry:
 def parse(row: Row) -> Entry:
     """Take the manual's opcode notation apart. ValueError when it is not understood."""
     words = row.opcode.split()
-    prefix = words.pop(0) if words[0] in ("66", "F2", "F3", "NP") and len(words) > 1 and words[1][0] != "/" else ""
+    mandatory = words[0] in _PREFIX_TEST and len(words) > 1 and words[1][0] != "/"
+    prefix = words.pop(0) if mandatory else ""
     operands = tuple(x for x in row.operands.split(",") if x)
     entry = Entry(row, 0, (), operands, prefix)
     if words[0] == "REX2":
@@ -86,7 +92,7 @@ class Table:
             for b in entry.opcodes:
                 self._index.setdefault((entry.map, b), []).append(entry)
         for entries in self._index.values():
-            entries.sort(key=lambda e: (e.exact < 0, e.prefix in ("", "NP"), not e.mod, e.ext < 0, not e.prefix))
+            entries.sort(key=lambda e: (e.exact < 0, e.prefix in ("", "NP", "NR"), not e.mod, e.ext < 0, not e.prefix))
 
     def lookup(self, map_: int, b: int) -> list[Entry]:
         """Candidates for an opcode byte, best first."""

@@ -23,7 +23,7 @@ SLOT = 16
 def encodings(entry: Entry, bits: int) -> list[bytes]:
     """Sample encodings of a row: prefixes, REX, ModRM and SIB forms."""
     opcode = {0: b"", 1: b"\x0f", 2: b"\x0f\x38", 3: b"\x0f\x3a"}[entry.map]
-    mandatory = b"" if entry.prefix in ("", "NP") else bytes.fromhex(entry.prefix)
+    mandatory = b"" if entry.prefix in ("", "NP", "NR") else bytes.fromhex(entry.prefix)
     out = []
     for legacy in LEGACY_PREFIXES:
         for rex in REX if bits == 64 else ("",):

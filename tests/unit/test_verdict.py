@@ -2,12 +2,13 @@
 
 import pytest
 
-from harness.case import Observation
+from harness.case import Case, Memory, Observation
+from harness.cpuid import CpuProfile
 from harness.exits import Halt
 from harness.known import KnownError, load_known
 from harness.lockstep import Difference
 from harness.machine import MemoryDiff
-from harness.state import FieldDiff
+from harness.state import CpuState, FieldDiff
 from harness.verdict import Verdict, exit_status, worst
 
 V = Verdict
@@ -51,6 +52,9 @@ reference = "f"
 """
 
 
+CASE = Case("t", Memory(()), CpuState(), CpuProfile(()))
+
+
 def difference(*registers, memory=()):
     seen = Observation(Halt(), {"regs": b""})
     return Difference(0, 0, seen, seen, registers, memory)
@@ -64,16 +68,16 @@ def row(tmp_path):
 
 
 def test_row_excuses_the_exact_wrong_value_only(row):
-    assert row.explains(difference(FieldDiff("rcx", 0x3333333344444444, 0x44444444)))
-    assert not row.explains(difference(FieldDiff("rcx", 0x3333333344444444, 0x44444445)))
+    assert row.explains(CASE, difference(FieldDiff("rcx", 0x3333333344444444, 0x44444444)))
+    assert not row.explains(CASE, difference(FieldDiff("rcx", 0x3333333344444444, 0x44444445)))
 
 
 def test_row_excuses_nothing_else_that_differs(row):
     wrong = FieldDiff("rcx", 0x3333333344444444, 0x44444444)
-    assert not row.explains(difference(wrong, FieldDiff("rflags", 2, 3)))
-    assert not row.explains(difference(FieldDiff("rdx", 0x3333333344444444, 0x44444444)))
-    assert not row.explains(difference(wrong, memory=(MemoryDiff(0, b"a", b"b"),)))
-    assert not row.explains(Difference(0, 0, None, None, (wrong,)))
+    assert not row.explains(CASE, difference(wrong, FieldDiff("rflags", 2, 3)))
+    assert not row.explains(CASE, difference(FieldDiff("rdx", 0x3333333344444444, 0x44444444)))
+    assert not row.explains(CASE, difference(wrong, memory=(MemoryDiff(0, b"a", b"b"),)))
+    assert not row.explains(CASE, Difference(0, 0, None, None, (wrong,)))
 
 
 def test_row_speaks_of_its_cases_on_its_hosts_only(row):
