@@ -95,17 +95,21 @@ def halting_cases(host: Host, count: int) -> list[Case]:
 def recorded_requests() -> Iterator[list[int]]:
     """The vCPU ioctls that happen inside, in order."""
     seen: list[int] = []
-    plain = k.ioctl
+    plain, transfer = k.ioctl, vm_module.transfer
 
     def ioctl(fd: int, request: int, arg: Any = 0) -> int:
         seen.append(request)
         return plain(fd, request, arg)
 
-    vars(vm_module)["ioctl"] = ioctl
+    def recorded_transfer(fd: int, request: int, data: bytes | bytearray) -> None:
+        seen.append(request)
+        transfer(fd, request, data)
+
+    vars(vm_module).update(ioctl=ioctl, transfer=recorded_transfer)
     try:
         yield seen
     finally:
-        vars(vm_module)["ioctl"] = plain
+        vars(vm_module).update(ioctl=plain, transfer=transfer)
 
 
 def names_of(requests: Iterable[int]) -> str:

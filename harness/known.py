@@ -65,7 +65,7 @@ class KnownDivergence:
         if self.wrong == "no-exception":
             rip = next((d for d in difference.registers if d.name == "rip"), None)
             return rip is not None and _in_stubs(rip.expected) and not _in_stubs(rip.got)
-        if difference.memory or not difference.registers:
+        if not difference.registers or not all(_saved_flags(difference, d) for d in difference.memory):
             return False
         return all(d.name in self.register and d.got == self._value(d) for d in difference.registers)
 
@@ -77,6 +77,15 @@ class KnownDivergence:
         verb, _, number = self.wrong.partition(" ")
         bits = int(number, 0)
         return found.expected & ~bits if verb == "clear" else found.expected | bits
+
+
+def _saved_flags(difference: Difference, found: MemoryDiff) -> bool:
+    """Memory differs in the very bits in which RFLAGS does: its image in the frame of the exception that followed."""
+    flags = next((d.xor for d in difference.registers if d.name == "rflags"), 0)
+    memory = int.from_bytes(found.expected, "little") ^ int.from_bytes(found.got, "little")
+    while flags and not flags & 0xFF:  # a MemoryDiff starts at the first byte that differs
+        flags >>= 8
+    return bool(flags) and memory == flags
 
 
 def _page_end(found: MemoryDiff) -> bool:

@@ -56,7 +56,7 @@ def exit_text(seen: Observation | None) -> str:
 
 def same_exit(expected: Exit, got: Exit) -> bool:
     """Whether two exits are the same event."""
-    return expected == got
+    return expected is got or expected == got
 
 
 def compare_registers(expected: Observation, got: Observation) -> tuple[FieldDiff, ...]:

@@ -34,6 +34,7 @@ from harness.state import CpuState, pack_regs, pack_sections, unpack_sections
 from harness.vm import RUN_LIMIT, SYNC, Kvm, RunTimeoutError, Vcpu
 
 Sections = tuple[str, ...]
+_HALT: Final = Halt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,8 @@ class KvmMachine:
         self.limit = limit
         self._has_sregs2 = bool(kvm.capability(k.KVM_CAP_SREGS2))
         wanted = k.KVM_SYNC_X86_REGS | k.KVM_SYNC_X86_SREGS | k.KVM_SYNC_X86_EVENTS
-        self._sync = sync and kvm.sync_fields & wanted == wanted
+        self._sync = sync and self._has_sregs2 and kvm.sync_fields & wanted == wanted
         self._sync_mask = wanted if self._sync else 0
-        self._mirrored: frozenset[str] = frozenset((*SYNC, "sregs2") if self._sync else ())
         self._pool = Pool(kvm, self.POOL)
         self._packer = Packer()
         self._case: Case | None = None
@@ -125,6 +125,7 @@ class KvmMachine:
         self._reads = 0
         self._sections: Sections = ()
         self._shared: Sections = ()
+        self._unmirrored: Sections = ()
         self._msr_indices: tuple[int, ...] = ()
 
     # --- life ---
@@ -152,6 +153,7 @@ class KvmMachine:
         names = self.visible(case)
         if names != self._sections:
             self._sections, self._shared = names, tuple(name for name in SHARED if name in names)
+            self._unmirrored = tuple(name for name in names if name not in ("regs", "sregs2", "events"))
         self._msr_indices = tuple([index for index, _ in case.start.msrs])
         warm.load(case.memory)
         self._set_start(warm, case.start)
@@ -254,14 +256,9 @@ class KvmMachine:
     def sections(self) -> dict[str, bytes]:
         """The visible state, as bytes, where the vCPU stands now."""
         vcpu = self.vcpu
-        out = {}
-        for name in self._sections:
-            if name in self._mirrored:
-                out[name] = vcpu.sync_get(name)
-            elif name == "msrs":
-                out[name] = vcpu.get_msrs(self._msr_indices)
-            else:
-                out[name] = vcpu.get(name)
+        out = vcpu.mirrored() if self._sync else {}
+        for name in self._unmirrored if out else self._sections:
+            out[name] = vcpu.get_msrs(self._msr_indices) if name == "msrs" else vcpu.get(name)
         return out
 
     def state(self) -> CpuState:
@@ -272,7 +269,7 @@ class KvmMachine:
         run = self.vcpu.run_page
         match reason:
             case k.KVM_EXIT_HLT:
-                return Halt()
+                return _HALT
             case k.KVM_EXIT_IO:
                 io = run.io
                 write = io.direction == k.KVM_EXIT_IO_OUT

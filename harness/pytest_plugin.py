@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from harness.case import Case, VmShape
+from harness.cpuid import CpuProfile
 from harness.host import Host
 from harness.journal import Journal, JournalError
 from harness.known import load_known
@@ -29,6 +30,7 @@ _BAD: Final = (Verdict.SPLAT, Verdict.MISMATCH, Verdict.REGRESSED)
 
 kvm_key: pytest.StashKey[Kvm] = pytest.StashKey()
 host_key: pytest.StashKey[Host] = pytest.StashKey()
+runner_key: pytest.StashKey[Runner] = pytest.StashKey()
 results_key: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 journal_key: pytest.StashKey[Journal] = pytest.StashKey()
 
@@ -54,6 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if (journal := config.stash.get(journal_key, None)) is not None:
         journal.close()
+    if (runner := config.stash.get(runner_key, None)) is not None:
+        runner.machine.close()
     if (host := config.stash.get(host_key, None)) is not None:
         host.close()
         host.kvm.close()
@@ -85,12 +89,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("kvm")
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "register_case" in metafunc.fixturenames:
-        from harness.paths import all_cases
+class CaseSuite:
+    """In a test module, a name bound to a CaseSuite becomes one test item for each Case that ``cases(profile)`` gives.
 
-        cases = all_cases(_host(metafunc.config).profile)
-        metafunc.parametrize("register_case", cases, ids=[case.name for case in cases])
+    Plain items: for tens of thousands of Cases a fixture request each would cost more than running them.
+    """
+
+    def __init__(self, cases: Callable[[CpuProfile], Iterable[Case]]) -> None:
+        self.cases = cases
+
+
+class _SuiteCollector(pytest.Collector):
+    suite: CaseSuite
+
+    def collect(self) -> Iterator[CaseItem]:
+        for case in self.suite.cases(_host(self.config).profile):
+            item: CaseItem = CaseItem.from_parent(self, name=case.name)
+            item.case = case
+            yield item
+
+
+class CaseItem(pytest.Item):
+    """One Case beside the reference model."""
+
+    case: Case
+
+    def runtest(self) -> None:
+        judge(self, self.case, _runner(self.config))
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, self.name
+
+
+@pytest.hookimpl
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> object:
+    if not isinstance(obj, CaseSuite):
+        return None
+    made: _SuiteCollector = _SuiteCollector.from_parent(collector, name=name)
+    made.suite = obj
+    return made
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
@@ -122,40 +159,43 @@ def vcpu(vm: Vm, host: Host) -> Iterator[Vcpu]:
         yield made
 
 
-@pytest.fixture(scope="session")
-def kvm_machine(kvm: Kvm) -> Iterator[KvmMachine]:
-    """The machine that runs Cases on this KVM, reusing its VMs."""
-    with KvmMachine(kvm) as machine:
-        yield machine
+def _runner(config: pytest.Config) -> Runner:
+    found = config.stash.get(runner_key, None)
+    if found is None:
+        host = _host(config)
+        found = config.stash[runner_key] = Runner(KvmMachine(host.kvm), host, load_known())
+    return found
 
 
 @pytest.fixture(scope="session")
-def runner(kvm_machine: KvmMachine, host: Host) -> Runner:
+def runner(pytestconfig: pytest.Config) -> Runner:
     """Judges Cases on this host."""
-    return Runner(kvm_machine, host, load_known())
+    return _runner(pytestconfig)
 
 
 @pytest.fixture
-def lockstep(request: pytest.FixtureRequest, runner: Runner, host: Host) -> Callable[[Case], Result]:
+def lockstep(request: pytest.FixtureRequest, runner: Runner) -> Callable[[Case], Result]:
     """Run a Case beside the reference model; fails the test on a mismatch, skips it where the host cannot run it."""
+    return lambda case: judge(request.node, case, runner)
+
+
+def judge(item: pytest.Item, case: Case, runner: Runner) -> Result:
+    """Run a Case, keep its result for the journal, and end the test item accordingly."""
     from harness.reference.machine import ReferenceMachine
     from harness.report.failure import failure_text
 
-    def check(case: Case) -> Result:
-        result = runner.run(case, ReferenceMachine())
-        request.node.user_properties.append((PROPERTY, json.dumps(result.to_json())))
-        out: Path | None = request.config.getoption("--kvm-out")
-        if result.verdict in _BAD:
-            if out is not None:
-                _keep(case, out)
-            difference = result.difference
-            text = failure_text(case, difference, host.describe()) if difference is not None else result.summary
-            pytest.fail(text, pytrace=False)
-        if result.verdict is Verdict.UNSUPPORTED:
-            pytest.skip(result.summary)
-        return result
-
-    return check
+    result = runner.run(case, ReferenceMachine())
+    item.user_properties.append((PROPERTY, json.dumps(result.to_json())))
+    if result.verdict in _BAD:
+        out: Path | None = item.config.getoption("--kvm-out")
+        if out is not None:
+            _keep(case, out)
+        difference = result.difference
+        text = failure_text(case, difference, runner.host.describe()) if difference is not None else result.summary
+        pytest.fail(text, pytrace=False)
+    if result.verdict is Verdict.UNSUPPORTED:
+        pytest.skip(result.summary)
+    return result
 
 
 def _keep(case: Case, out: Path) -> None:
