@@ -102,7 +102,7 @@ def _probe(args: argparse.Namespace) -> int:
     print(f"device        {found['device']}, {len(found['capabilities'])} capabilities")
     print(f"guest CPU     {found['vendor']}, {len(found['features'])} known features, APX: {_yes(found['apx'])}")
     for mode, bad in found["modes"].items():
-        step = f"single step: {_yes(found['single_step'][mode])}" if not bad else bad
+        step = bad or f"single step: {_yes(found['single_step'][mode])}"
         print(f"mode          {mode:12s} {'runs' if not bad else 'no'}; {step}")
     for name, bad in found["traits"].items():
         print(f"trait         {name}: {bad or 'yes'}")
@@ -120,7 +120,8 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or _new_folder()
     options = [
         str(ROOT / "tests" / "kvm" / "test_registers.py"), "-c", str(ROOT / "pyproject.toml"), "--tb=short",
-        "--no-header", "-p", "no:cacheprovider", f"--kvm-device={args.kvm_device}", f"--kvm-out={out}",
+        "--no-header", "-p", "no:cacheprovider", "-p", "no:logging", "--capture=no", "-p", "no:unraisableexception",
+        "-p", "no:threadexception", f"--kvm-device={args.kvm_device}", f"--kvm-out={out}",
     ]  # fmt: skip
     if args.k is not None:
         options += ["-k", args.k]

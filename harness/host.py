@@ -1,4 +1,4 @@
-"""What this machine's KVM can really do, found by trying it. For foreign hosts only: in the lab profiles are checked in.
+"""What this machine's KVM can really do, found by trying it. For foreign hosts only: a lab has checked-in profiles.
 
 A probe asks "can this host run it at all?": whether the guest reaches its HLT, or KVM says it lacks the instruction.
 Never whether a value is right: a wrong value is a defect, not a limit.
@@ -159,14 +159,17 @@ class Host:
         if not self.modes.get("prot32", "absent"):
             for number, register in ((1, "ecx"), (7, "ebx")):
                 same = self._leaf_shown("prot32", number, register)
-                out[f"cpuid-leaf-{number}"] = "" if same else f"CPUID leaf {number} shows bits that KVM_SET_CPUID2 cleared"
-            pat = self._probe_vector("prot32", b"\xb9\x77\x02\x00\x00\x31\xd2\xb8\x02\x02\x02\x02\x0f\x30\xf4")
+                odd = f"CPUID leaf {number} shows bits that KVM_SET_CPUID2 cleared"
+                out[f"cpuid-leaf-{number}"] = "" if same else odd
+            # mov ecx, 0x277; xor edx, edx; mov eax, 0x02020202; wrmsr; hlt
+            pat = self._probe_vector("prot32", bytes.fromhex("b97702000031d2b8020202020f30f4"))
             out["pat-reserved-types"] = "" if pat == _GP else "WRMSR accepts reserved memory types in PAT"
         return out
 
     def _leaf_shown(self, mode: str, leaf: int, register: str) -> bool:
         """CPUID in the guest shows a register of a leaf whose named features were taken away with KVM_SET_CPUID2."""
-        bare = with_features(self.profile, remove=[n for n, where in FEATURES.items() if where[:3] == (leaf, 0, register)])
+        gone = [name for name, where in FEATURES.items() if where[:3] == (leaf, 0, register)]
+        bare = with_features(self.profile, remove=gone)
         entry = bare.leaf(leaf)
         move = {"eax": b"", "ebx": b"\x89\xd8", "ecx": b"\x89\xc8"}[register]  # mov eax, REGISTER
         code = b"\xb8" + leaf.to_bytes(4, "little") + b"\x31\xc9\x0f\xa2" + move + b"\xf4"
@@ -198,7 +201,7 @@ class Host:
 
     @cached_property
     def delivery(self) -> dict[str, str]:
-        """Mode -> "" when a #UD there leaves a frame on the handler's stack and clears what it must, else what is odd."""
+        """Mode -> "" when a #UD leaves a frame on the handler's stack and clears what it must, else what is odd."""
         out = {}
         for mode, bad in self.modes.items():
             if bad:

@@ -64,11 +64,9 @@ def compare_registers(expected: Observation, got: Observation) -> tuple[FieldDif
     left, right = expected.sections, got.sections
     if not left or not right or left == right:
         return ()
-    names = [name for name in right if name in left]
-    if all(left[name] == right[name] for name in names):
-        return ()
-    want = unpack_sections({name: left[name] for name in names})
-    have = unpack_sections({name: right[name] for name in names})
+    if left.keys() != right.keys():
+        raise ValueError(f"machines show different sections: {sorted(left)} and {sorted(right)}")
+    want, have = unpack_sections(left), unpack_sections(right)
     found = diff(want, have, expected.ignore)
     return tuple(d for d in found if d.got not in expected.accept.get(d.name, ()))
 

@@ -31,7 +31,7 @@ from harness.exits import (
 )
 from harness.pool import SHARED, Packer, Pool, Warm, may_be_nested
 from harness.state import CpuState, pack_regs, pack_sections, unpack_sections
-from harness.vm import RUN_LIMIT, SYNC, Kvm, RunTimeoutError, Vcpu
+from harness.vm import RUN_LIMIT, SYNC, Kvm, KvmUnusableError, RunTimeoutError, Vcpu
 
 Sections = tuple[str, ...]
 _HALT: Final = Halt()
@@ -112,9 +112,10 @@ class KvmMachine:
     def __init__(self, kvm: Kvm, *, limit: float = RUN_LIMIT, sync: bool = True) -> None:
         self.kvm = kvm
         self.limit = limit
-        self._has_sregs2 = bool(kvm.capability(k.KVM_CAP_SREGS2))
+        if not kvm.capability(k.KVM_CAP_SREGS2):
+            raise KvmUnusableError(f"{kvm.device}: this KVM has no KVM_GET_SREGS2: use Linux 5.14 or newer")
         wanted = k.KVM_SYNC_X86_REGS | k.KVM_SYNC_X86_SREGS | k.KVM_SYNC_X86_EVENTS
-        self._sync = sync and self._has_sregs2 and kvm.sync_fields & wanted == wanted
+        self._sync = sync and kvm.sync_fields & wanted == wanted
         self._sync_mask = wanted if self._sync else 0
         self._pool = Pool(kvm, self.POOL)
         self._packer = Packer()
@@ -150,7 +151,7 @@ class KvmMachine:
         warm = self._warm = self._pool.get(case.shape, case.profile)
         self._case = case
         self._reads = 0
-        names = self.visible(case)
+        names = case_sections(case)
         if names != self._sections:
             self._sections, self._shared = names, tuple(name for name in SHARED if name in names)
             self._unmirrored = tuple(name for name in names if name not in ("regs", "sregs2", "events"))
@@ -158,11 +159,6 @@ class KvmMachine:
         warm.load(case.memory)
         self._set_start(warm, case.start)
         self._poisoned = False
-
-    def visible(self, case: Case) -> Sections:
-        """The sections this KVM can show of a Case: kvm_sregs where it has no kvm_sregs2."""
-        names = case_sections(case)
-        return names if self._has_sregs2 else tuple("sregs" if n == "sregs2" else n for n in names)
 
     @property
     def vcpu(self) -> Vcpu:
@@ -417,7 +413,7 @@ class KvmMachine:
 
 
 # Order in which a start state is written: CPUID-dependent controls first, registers last.
-_SET_ORDER: Final = ("xcr0", "sregs2", "sregs", "msrs", "debugregs", "pkru", "egpr", "events", "regs")
+_SET_ORDER: Final = ("xcr0", "sregs2", "msrs", "debugregs", "pkru", "egpr", "events", "regs")
 
 
 def _byte_diff(gpa: int, expected: bytes, got: bytes, ignore: Mapping[int, int]) -> list[MemoryDiff]:

@@ -6,7 +6,9 @@ report, and only the controlling process writes the journal.
 
 from __future__ import annotations
 
+import gc
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,8 +26,11 @@ from harness.runner import Result, Runner
 from harness.verdict import Verdict
 from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError, Vcpu, Vm
 
+CASE_LIMIT: Final = 1.0
+"""Seconds that one KVM_RUN of the suite may take; its guests are a handful of instructions."""
 PROPERTY: Final = "kvm-harness"
 CASES_FOLDER: Final = "cases"
+_LACKS: Final = re.compile(r"(emulator lacks .*) in [\w-]+$")  # one line an instruction, not one a mode
 _BAD: Final = (Verdict.SPLAT, Verdict.MISMATCH, Verdict.REGRESSED)
 
 kvm_key: pytest.StashKey[Kvm] = pytest.StashKey()
@@ -130,6 +135,12 @@ def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str
     return made
 
 
+def pytest_collection_finish() -> None:
+    """Tens of thousands of items live to the end of the run: the garbage collector need not look at them each time."""
+    gc.collect()
+    gc.freeze()
+
+
 # --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +174,7 @@ def _runner(config: pytest.Config) -> Runner:
     found = config.stash.get(runner_key, None)
     if found is None:
         host = _host(config)
-        found = config.stash[runner_key] = Runner(KvmMachine(host.kvm), host, load_known())
+        found = config.stash[runner_key] = Runner(KvmMachine(host.kvm, limit=CASE_LIMIT), host, load_known())
     return found
 
 
@@ -253,7 +264,7 @@ def summary_lines(records: list[dict[str, Any]]) -> list[str]:
     counts = ", ".join(f"{verdicts[v.value]} {v.value}" for v in Verdict if verdicts[v.value])
     lines = [f"{len(records)} cases, {checks} checks: {counts}"]
     for verdict, title in ((Verdict.UNSUPPORTED, "not possible on this host"), (Verdict.HEALED, "healed")):
-        reasons = Counter(r["summary"] for r in records if r["verdict"] == verdict.value)
+        reasons = Counter(_LACKS.sub(r"\1", r["summary"]) for r in records if r["verdict"] == verdict.value)
         lines += [f"  {title}: {count:5d} × {reason}" for reason, count in reasons.most_common()]
     known = Counter(r["summary"].split(":")[0] for r in records if r["verdict"] == Verdict.KNOWN.value)
     lines += [f"  known divergence: {count:5d} × {name}" for name, count in known.most_common()]

@@ -1,17 +1,17 @@
 /*
- * fault/int_80@real#0, kvm-harness case 2b1972965ea5
+ * fault/int_80@real#0, a case of kvm-harness
  *
  * At exit 0: expected halt, got timeout seconds 5.0
  *
  *     a030: cd 80                   int 0x80
  *     a032: f4                      hlt
  *
- * Seen on: Linux 6.18.44-fc-v595, kvm_pvm (kvm.force_emulation_prefix=0 kvm.tdp_mmu=N), AMD guest
- * CPUID
+ * Seen on: Linux 6.18.44 (uname -r: 6.18.44-fc-v595), kvm_pvm (no VMX, no SVM: guest kernel mode
+ * and all 16-bit and 32-bit code run in arch/x86/kvm/emulate.c), AMD EPYC
  *
  * Compile and run: gcc -O2 -Wall -Wextra -o repro THIS_FILE.c && ./repro
  * Exit status: 1 the defect shows, 0 it does not, 2 it could not be tried.
- * The same under the harness: kvm-harness replay 2b1972965ea5
+ * The same under the harness: kvm-harness replay 'fault/int_80@real#0'
  */
 
 #define _GNU_SOURCE

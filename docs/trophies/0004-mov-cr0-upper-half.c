@@ -1,5 +1,5 @@
 /*
- * control/cr0_high_bits@long#0, kvm-harness case 48696a746e23
+ * control/cr0_high_bits@long#0, a case of kvm-harness
  *
  * At exit 0: rsp expected 0x19fd0, got 0x1a000; rip expected 0x40d1, got 0xad90; cs.selector
  * expected 0xa0, got 0x8; memory 0x19fd0: expected 00 00 00 00 00 00 00 00 8c ad 00 00 00 00 00
@@ -10,12 +10,12 @@
  *     ad8c: 0f 22 c0                mov cr0,rax
  *     ad8f: f4                      hlt
  *
- * Seen on: Linux 6.18.44-fc-v595, kvm_pvm (kvm.force_emulation_prefix=0 kvm.tdp_mmu=N), AMD guest
- * CPUID
+ * Seen on: Linux 6.18.44 (uname -r: 6.18.44-fc-v595), kvm_pvm (no VMX, no SVM: guest kernel mode
+ * and all 16-bit and 32-bit code run in arch/x86/kvm/emulate.c), AMD EPYC
  *
  * Compile and run: gcc -O2 -Wall -Wextra -o repro THIS_FILE.c && ./repro
  * Exit status: 1 the defect shows, 0 it does not, 2 it could not be tried.
- * The same under the harness: kvm-harness replay 48696a746e23
+ * The same under the harness: kvm-harness replay 'control/cr0_high_bits@long#0'
  */
 
 #define _GNU_SOURCE

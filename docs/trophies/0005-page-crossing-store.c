@@ -1,5 +1,5 @@
 /*
- * fault/cross_into_absent@long#0, kvm-harness case 2a2d25bc3ff9
+ * fault/cross_into_absent@long#0, a case of kvm-harness
  *
  * At exit 0: memory 0x1bffe: expected 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00, got 9e 58
  * 00 00 00 00 00 00 00 00 00 00 00 00 00 00
@@ -8,12 +8,12 @@
  *     a07e: 89 03                   mov DWORD PTR [rbx],eax
  *     a080: f4                      hlt
  *
- * Seen on: Linux 6.18.44-fc-v595, kvm_pvm (kvm.force_emulation_prefix=0 kvm.tdp_mmu=N), AMD guest
- * CPUID
+ * Seen on: Linux 6.18.44 (uname -r: 6.18.44-fc-v595), kvm_pvm (no VMX, no SVM: guest kernel mode
+ * and all 16-bit and 32-bit code run in arch/x86/kvm/emulate.c), AMD EPYC
  *
  * Compile and run: gcc -O2 -Wall -Wextra -o repro THIS_FILE.c && ./repro
  * Exit status: 1 the defect shows, 0 it does not, 2 it could not be tried.
- * The same under the harness: kvm-harness replay 2a2d25bc3ff9
+ * The same under the harness: kvm-harness replay 'fault/cross_into_absent@long#0'
  */
 
 #define _GNU_SOURCE

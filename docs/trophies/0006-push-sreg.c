@@ -1,5 +1,5 @@
 /*
- * segment/push_fs@compat#0, kvm-harness case 5ffd3acf9cf6
+ * segment/push_fs@compat#0, a case of kvm-harness
  *
  * At exit 0: memory 0x19ffe: expected 00 00 73 12 27 0e 87 23 26 a1 9a bd 14 89 14 31, got 42 07
  * 73 12 27 0e 87 23 26 a1 9a bd 14 89 14 31
@@ -7,12 +7,12 @@
  *     a349: 0f a0                   push fs
  *     a34b: f4                      hlt
  *
- * Seen on: Linux 6.18.44-fc-v595, kvm_pvm (kvm.force_emulation_prefix=0 kvm.tdp_mmu=N), AMD guest
- * CPUID
+ * Seen on: Linux 6.18.44 (uname -r: 6.18.44-fc-v595), kvm_pvm (no VMX, no SVM: guest kernel mode
+ * and all 16-bit and 32-bit code run in arch/x86/kvm/emulate.c), AMD EPYC
  *
  * Compile and run: gcc -O2 -Wall -Wextra -o repro THIS_FILE.c && ./repro
  * Exit status: 1 the defect shows, 0 it does not, 2 it could not be tried.
- * The same under the harness: kvm-harness replay 5ffd3acf9cf6
+ * The same under the harness: kvm-harness replay 'segment/push_fs@compat#0'
  */
 
 #define _GNU_SOURCE

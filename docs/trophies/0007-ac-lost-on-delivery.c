@@ -1,5 +1,5 @@
 /*
- * flags/popfl_00040002@compat-user#0, kvm-harness case 693e88f97fcf
+ * flags/popfl_00040002@compat-user#0, a case of kvm-harness
  *
  * At exit 0: rflags expected 0x40002, got 0x2
  *
@@ -7,12 +7,12 @@
  *     a105: 9d                      popf
  *     a106: f4                      hlt
  *
- * Seen on: Linux 6.18.44-fc-v595, kvm_pvm (kvm.force_emulation_prefix=0 kvm.tdp_mmu=N), AMD guest
- * CPUID
+ * Seen on: Linux 6.18.44 (uname -r: 6.18.44-fc-v595), kvm_pvm (no VMX, no SVM: guest kernel mode
+ * and all 16-bit and 32-bit code run in arch/x86/kvm/emulate.c), AMD EPYC
  *
  * Compile and run: gcc -O2 -Wall -Wextra -o repro THIS_FILE.c && ./repro
  * Exit status: 1 the defect shows, 0 it does not, 2 it could not be tried.
- * The same under the harness: kvm-harness replay 693e88f97fcf
+ * The same under the harness: kvm-harness replay 'flags/popfl_00040002@compat-user#0'
  */
 
 #define _GNU_SOURCE

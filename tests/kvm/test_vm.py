@@ -18,7 +18,10 @@ from harness.vm import API_VERSION, Kvm, KvmUnusableError, RunTimeoutError, Vcpu
 START = CpuState(rip=0x1000).with_({"rsp": 0x1800, "rbx": 0x2000})
 
 
-def real_mode(host, code, *, start=START, actions=(Run(8),)):
+RUN = (Run(8),)
+
+
+def real_mode(host, code, *, start=START, actions=RUN):
     memory = Memory((Blob(0x1000, bytes.fromhex(code)),))
     return Case("t", memory, start, host.profile, VmShape((Slot(0, 0x4000),)), actions, bits=16)
 

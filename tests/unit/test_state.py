@@ -137,11 +137,18 @@ def test_diff_leaves_undefined_bits_aside():
 
 
 def test_diff_of_empty_segments_compares_selector_fs_gs_base_and_cpl_only():
-    """Unusable (VMX) and not present (SVM) say the same of a null selector."""
-    left = CpuState(ds=Segment(8, unusable=1, base=5), fs=Segment(8, unusable=1, base=5), ss=Segment(0, unusable=1))
-    right = CpuState(ds=Segment(8, present=0, base=6), fs=Segment(8, present=0, base=6), ss=Segment(0, present=0, dpl=3))
+    """Null (a selector of 0 in protected mode), unusable (VMX) and not present (SVM) say the same."""
+    left = CpuState(cr0=1, efer=1 << 10).with_({
+        "ds.selector": 0, "ds.base": 5, "fs.base": 5, "fs.unusable": 1, "es.unusable": 1, "ss.unusable": 1,
+    })  # fmt: skip
+    right = left.with_({"ds.base": 6, "fs.base": 6, "es.base": 7, "es.unusable": 0, "es.present": 0, "ss.dpl": 3})
     assert [d.name for d in diff(left, right)] == ["ss.dpl", "fs.base"]
-    assert [d.name for d in diff(left, right.with_({"ds.selector": 9}))] == ["ss.dpl", "ds.selector", "fs.base"]
+    assert [d.name for d in diff(left.with_({"efer": 0}), right.with_({"efer": 0}))] == ["ss.dpl"]
+    assert [d.name for d in diff(left, right.with_({"es.selector": 9}))] == ["es.selector", "ss.dpl", "fs.base"]
+
+
+def test_diff_of_selector_0_in_real_mode_compares_everything():
+    assert [d.name for d in diff(CpuState(), CpuState().with_({"ds.base": 16}))] == ["ds.base"]
 
 
 def test_diff_of_a_segment_that_only_one_side_calls_empty_shows_it():

@@ -92,7 +92,11 @@ def test_checked_in_file_is_usable():
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
-    [('why = "w"\n', "", "missing or unknown: why"), ('"zero-extended-32"', '"x"', "wrong must be"), ("[[", "[", "Exp")],
+    [
+        ('why = "w"\n', "", "missing or unknown: why"),
+        ('"zero-extended-32"', '"x"', "wrong must be"),
+        ("[[", "[", "Exp"),
+    ],
 )
 def test_bad_row_is_refused(tmp_path, old, new, words):
     path = tmp_path / "known.toml"
