@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import math
 import mmap
 import os
 import signal
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -51,7 +53,7 @@ class _Watchdog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._runs: dict[int, tuple[float, Vcpu]] = {}
+        self._vcpus: weakref.WeakSet[Vcpu] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._pid = 0
 
@@ -64,26 +66,27 @@ class _Watchdog:
                 return
             if threading.current_thread() is threading.main_thread():
                 signal.signal(_KICK, lambda *_: None)
-            self._runs.clear()
+            self._vcpus.clear()
             self._thread = threading.Thread(target=self._watch, name="kvm-watchdog", daemon=True)
             self._thread.start()
             self._pid = os.getpid()
 
-    def enter(self, vcpu: Vcpu, limit: float) -> None:
-        self._runs[threading.get_ident()] = (time.monotonic() + limit, vcpu)
-
-    def leave(self) -> None:
-        self._runs.pop(threading.get_ident(), None)
+    def watch(self, vcpu: Vcpu) -> None:
+        """Look after a vCPU from now on, for as long as it lives."""
+        self.prepare()
+        with self._lock:
+            self._vcpus.add(vcpu)
 
     def _watch(self) -> None:
         while True:
             time.sleep(0.05)
             now = time.monotonic()
-            for ident, (deadline, vcpu) in list(self._runs.items()):
-                if now > deadline:
-                    vcpu.expire()
-                    with suppress(ProcessLookupError):
-                        signal.pthread_kill(ident, _KICK)
+            with self._lock:
+                late = [vcpu for vcpu in self._vcpus if now > vcpu.deadline]
+            for vcpu in late:
+                vcpu.expire()
+                with suppress(ProcessLookupError):
+                    signal.pthread_kill(vcpu.thread, _KICK)
 
 
 _WATCHDOG: Final = _Watchdog()
@@ -267,7 +270,8 @@ class Vcpu(_Owner):
         self._xcrs = bytearray(ctypes.sizeof(k.kvm_xcrs))
         self._egpr_offset = profile.xsave_offset(_APX) if profile else None
         self._pkru_offset = profile.xsave_offset(_PKRU) if profile else None
-        _WATCHDOG.prepare()
+        self.deadline, self.thread = math.inf, 0
+        _WATCHDOG.watch(self)
         try:
             if profile is not None:
                 self.set_cpuid(profile)
@@ -301,7 +305,8 @@ class Vcpu(_Owner):
         Raises RunTimeoutError after ``limit`` seconds, KvmError for EIO (the kernel killed the VM) and the like.
         """
         self.epoch += 1
-        _WATCHDOG.enter(self, limit)
+        self.thread = threading.get_ident()
+        self.deadline = time.monotonic() + limit
         try:
             while True:
                 try:
@@ -315,7 +320,7 @@ class Vcpu(_Owner):
                         self.run_page.immediate_exit = 0
                         raise RunTimeoutError(f"the guest did not leave KVM_RUN within {limit:g} s") from None
         finally:
-            _WATCHDOG.leave()
+            self.deadline = math.inf
 
     def complete(self, limit: float = RUN_LIMIT) -> int | None:
         """Complete the pending operation without running on. None, or the reason of a further exit that it led to.
@@ -324,7 +329,8 @@ class Vcpu(_Owner):
         userspace has re-entered the kernel with KVM_RUN".
         """
         self.epoch += 1
-        _WATCHDOG.enter(self, limit)
+        self.thread = threading.get_ident()
+        self.deadline = time.monotonic() + limit
         self.run_page.immediate_exit = 1
         self._dirty, self._mirrored = False, True  # KVM stores into kvm_run on EINTR too
         try:
@@ -337,7 +343,7 @@ class Vcpu(_Owner):
             return None
         finally:
             self.run_page.immediate_exit = 0
-            _WATCHDOG.leave()
+            self.deadline = math.inf
 
     def io_data(self, offset: int, size: int) -> memoryview:
         """The bytes of a port I/O exit inside the shared mapping."""
