@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from harness.case import Case, CaseError, load_case
 from harness.host import Host
@@ -16,6 +16,9 @@ from harness.journal import JournalError, read_journal
 from harness.known import KnownError
 from harness.verdict import BAD_INPUT, INTERRUPTED, NO_KVM, Verdict, exit_status
 from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError
+
+if TYPE_CHECKING:
+    import pytest
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 OUT: Final = Path("out")
@@ -129,7 +132,10 @@ def _run(args: argparse.Namespace) -> int:
         options += ["-n", str(args.n)]
     if args.fail_fast:
         options.append("-x")
-    status = int(pytest.main(options))
+    ending = _Ending()
+    status = int(pytest.main(options, plugins=[ending]))
+    if ending.lost is not None:
+        return _fail(str(ending.lost), ending.lost.status)
     if status == pytest.ExitCode.INTERRUPTED:
         return _fail(f"interrupted; finished results are in {out}", INTERRUPTED)
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -137,13 +143,25 @@ def _run(args: argparse.Namespace) -> int:
     if status == pytest.ExitCode.USAGE_ERROR:
         return BAD_INPUT
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        return status if status in (NO_KVM, Verdict.LOST.status) else Verdict.LOST.status
+        return Verdict.LOST.status  # pytest's own internal error
     print(f"results: {out}")
     records = list(read_journal(out))[1:]
     decided = exit_status(Verdict(r["verdict"]) for r in records)
     if status == pytest.ExitCode.TESTS_FAILED and decided == 0:
         return Verdict.LOST.status  # a Case ended without a verdict: the harness itself failed
     return decided
+
+
+class _Ending:
+    """Plugin: how pytest ended, where its exit status does not tell (4 is its usage error, and our "lost")."""
+
+    def __init__(self) -> None:
+        self.lost: JournalError | None = None
+
+    def pytest_unconfigure(self, config: pytest.Config) -> None:
+        from harness.pytest_plugin import lost_key
+
+        self.lost = config.stash.get(lost_key, None)
 
 
 def _new_folder() -> Path:

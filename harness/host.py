@@ -32,7 +32,11 @@ _UD, _GP = 6, 13
 _FLAGS: Final = 0x8D7  # every arithmetic flag set: INTO is taken
 _FRAME_CS: Final = {"real": 2, "prot16": 2, "prot32": 4, "prot32-user": 4, "vm86": 4}  # offset of CS in the frame
 _PRIVILEGED: Final = {"long-user": "long", "compat-user": "compat", "prot32-user": "prot32"}
-_DYNAMIC: Final = {(1, 0): {"ebx": 0x00FFFFFF, "ecx": ~(1 << 27)}, (7, 0): {"ecx": ~(1 << 4)}}
+# What CPUID says of the processor it is asked on (APIC ids, node) or of control registers, by function: bits to keep.
+_DYNAMIC: Final[Mapping[int, Mapping[str, int]]] = {
+    1: {"ebx": 0x00FFFFFF, "ecx": ~(1 << 27)}, 7: {"ecx": ~(1 << 4)}, 0xB: {"edx": 0}, 0x1F: {"edx": 0},
+    0x8000001E: {"eax": 0, "ebx": ~0xFF, "ecx": ~0xFF},
+}  # fmt: skip
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Host:
         """What guests of the suite see: the supported CPUID without what depends on the CPU it is asked on."""
         rows = []
         for e in self.kvm.supported_cpuid().cpuid:
-            masks = _DYNAMIC.get((e.function, e.index), {})
+            masks = {} if e.function == 7 and e.index else _DYNAMIC.get(e.function, {})
             regs = {r: getattr(e, r) & masks.get(r, 0xFFFFFFFF) & 0xFFFFFFFF for r in ("eax", "ebx", "ecx", "edx")}
             rows.append(CpuidEntry(e.function, e.index, e.flags, **regs))
         return CpuProfile(tuple(rows))

@@ -37,6 +37,7 @@ kvm_key: pytest.StashKey[Kvm] = pytest.StashKey()
 host_key: pytest.StashKey[Host] = pytest.StashKey()
 runner_key: pytest.StashKey[Runner] = pytest.StashKey()
 results_key: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
+lost_key: pytest.StashKey[JournalError] = pytest.StashKey()
 journal_key: pytest.StashKey[Journal] = pytest.StashKey()
 
 
@@ -239,6 +240,7 @@ class _Results:
                     try:
                         journal.append(record)
                     except JournalError as error:
+                        self.config.stash[lost_key] = error
                         pytest.exit(str(error), returncode=error.status)
 
     @pytest.hookimpl
