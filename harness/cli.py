@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from harness.case import Case, CaseError, load_case
+from harness.guest import GuestError
 from harness.host import Host
 from harness.journal import JournalError, read_journal
 from harness.known import KnownError
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), NO_KVM)
     except JournalError as error:
         return _fail(str(error), error.status)
-    except (CaseError, KnownError) as error:
+    except (CaseError, KnownError, GuestError) as error:
         return _fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -107,6 +108,10 @@ def _probe(args: argparse.Namespace) -> int:
     for mode, bad in found["modes"].items():
         step = bad or f"single step: {_yes(found['single_step'][mode])}"
         print(f"mode          {mode:12s} {'runs' if not bad else 'no'}; {step}")
+    for mode, odd in found["exception_delivery"].items():
+        print(f"exceptions    {mode:12s} {odd or 'delivered'}")
+    for name, modes in found["emulator_lacks"].items():
+        print(f"lacks         {name:12s} in {', '.join(modes)}")
     for name, bad in found["traits"].items():
         print(f"trait         {name}: {bad or 'yes'}")
     return 0
@@ -134,9 +139,9 @@ def _run(args: argparse.Namespace) -> int:
         options.append("-x")
     ending = _Ending()
     status = int(pytest.main(options, plugins=[ending]))
-    if ending.lost is not None:
-        return _fail(str(ending.lost), ending.lost.status)
-    if status == pytest.ExitCode.INTERRUPTED:
+    if ending.problem is not None:
+        return _fail(*ending.problem)
+    if ending.interrupted:
         return _fail(f"interrupted; finished results are in {out}", INTERRUPTED)
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         return _fail(f"no Case matches -k {args.k!r}; names look like gpr/mov_r32_rcx@long#0", BAD_INPUT)
@@ -156,12 +161,16 @@ class _Ending:
     """Plugin: how pytest ended, where its exit status does not tell (4 is its usage error, and our "lost")."""
 
     def __init__(self) -> None:
-        self.lost: JournalError | None = None
+        self.problem: tuple[str, int] | None = None
+        self.interrupted = False
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        self.interrupted = isinstance(excinfo.value, KeyboardInterrupt)
 
     def pytest_unconfigure(self, config: pytest.Config) -> None:
-        from harness.pytest_plugin import lost_key
+        from harness.pytest_plugin import ending_key
 
-        self.lost = config.stash.get(lost_key, None)
+        self.problem = config.stash.get(ending_key, None)
 
 
 def _new_folder() -> Path:
@@ -194,6 +203,7 @@ def _find_case(text: str, host: Host) -> Case:
 def _replay(args: argparse.Namespace) -> int:
     from harness.known import load_known
     from harness.machine import KvmMachine
+    from harness.reference.cpu import ModelError
     from harness.reference.machine import ReferenceMachine
     from harness.report.emit_c import EmitError, emit_c
     from harness.report.failure import failure_text
@@ -202,7 +212,10 @@ def _replay(args: argparse.Namespace) -> int:
     with Kvm(args.kvm_device) as kvm, KvmMachine(kvm) as machine:
         host = Host(kvm)
         case = _find_case(args.case, host)
-        result = Runner(machine, host, load_known()).run(case, ReferenceMachine())
+        try:
+            result = Runner(machine, host, load_known()).run(case, ReferenceMachine())
+        except ModelError as error:
+            return _fail(f"{case.name}: the model cannot run this guest: {error}", BAD_INPUT)
         where = host.describe()
         host.close()
     if args.emit_c:

@@ -27,6 +27,16 @@ from harness.vm import Kvm
 PROBE_LIMIT: Final = 0.3
 """Seconds a probe guest may take; each is a handful of instructions."""
 
+INSTRUCTIONS: Final = {
+    "popcnt": "f30fb8c0", "crc32": "f20f38f0c0", "tzcnt": "f30fbcc0", "lzcnt": "f30fbdc0", "adcx": "660f38f6c0",
+    "movbe": "0f38f006", "cmpxchg8b": "0fc70e", "daa": "27", "das": "2f", "aaa": "37", "aas": "3f", "bound": "6206",
+    "enter n,0": "c8100000", "enter n,1": "c8100001", "leave": "c9", "int3": "cc", "int n": "cd20", "into": "ce",
+    "iret": "cf", "icebp": "f1", "cpuid": "0fa2", "rdtsc": "0f31", "xgetbv": "0f01d0", "xsave": "0fae26",
+    "fxsave": "0fae06", "fninit": "dbe3", "fld1": "d9e8", "fnstsw ax": "dfe0", "movups": "0f1006", "addps": "0f58c0",
+    "movdqu": "f30f6f06", "movnti": "0fc306", "rdrand": "0fc7f0", "bswap": "0fc8", "xadd": "0fc1c0", "shld": "0fa4c003",
+}  # fmt: skip
+"""What ``probe`` asks a KVM's emulator for: one encoding each (popcnt eax,eax ...; memory operands are [si], [rsi])."""
+
 PARAMETERS: Final = ("npt", "nested", "vgif", "avic", "ept", "unrestricted_guest", "force_emulation_prefix", "tdp_mmu")
 _UD, _GP = 6, 13
 _FLAGS: Final = 0x8D7  # every arithmetic flag set: INTO is taken
@@ -247,9 +257,22 @@ class Host:
         mode = _PRIVILEGED.get(mode, mode)  # for CPL3 KVM has #UD in place of its word, so it is asked at CPL0
         key = (mode, code)
         if key not in self._lacks:
-            seen = self._probe(mode, code)
-            self._lacks[key] = isinstance(seen, InternalError) and seen.suberror == k.KVM_INTERNAL_ERROR_EMULATION
+            seen = self._probe(mode, code + b"\xf4")
+            lacks = isinstance(seen, InternalError) and seen.suberror == k.KVM_INTERNAL_ERROR_EMULATION
+            if lacks:  # at this very instruction, not at one that the guest went on to
+                assert self._machine is not None
+                lacks = unpack_sections({"regs": self._machine.vcpu.get("regs")}).rip == CODE_BASE
+            self._lacks[key] = lacks
         return self._lacks[key]
+
+    def lacking(self) -> dict[str, list[str]]:
+        """Instruction -> the modes in which this KVM says that it cannot emulate it; of :data:`INSTRUCTIONS`."""
+        out: dict[str, list[str]] = {}
+        for name, code in INSTRUCTIONS.items():
+            for mode in ("real", "prot32", "long"):
+                if not self.modes[mode] and self.lacks(mode, bytes.fromhex(code)):
+                    out.setdefault(name, []).append(mode)
+        return out
 
     # --- judging a Case ---
 
@@ -309,6 +332,7 @@ class Host:
             "single_step": self.single_step,
             "traits": self.traits,
             "exception_delivery": self.delivery,
+            "emulator_lacks": self.lacking(),
             "apx": "apx" in self.profile.features,
             "root": os.geteuid() == 0,
         }

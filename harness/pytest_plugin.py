@@ -12,18 +12,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import pytest
 
 from harness.case import Case, VmShape
 from harness.cpuid import CpuProfile
+from harness.guest import GuestError
 from harness.host import Host
 from harness.journal import Journal, JournalError
 from harness.known import load_known
 from harness.machine import KvmMachine
 from harness.runner import Result, Runner
-from harness.verdict import Verdict
+from harness.verdict import BAD_INPUT, NO_KVM, Verdict
 from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError, Vcpu, Vm
 
 CASE_LIMIT: Final = 1.0
@@ -37,7 +38,7 @@ kvm_key: pytest.StashKey[Kvm] = pytest.StashKey()
 host_key: pytest.StashKey[Host] = pytest.StashKey()
 runner_key: pytest.StashKey[Runner] = pytest.StashKey()
 results_key: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
-lost_key: pytest.StashKey[JournalError] = pytest.StashKey()
+ending_key: pytest.StashKey[tuple[str, int]] = pytest.StashKey()
 journal_key: pytest.StashKey[Journal] = pytest.StashKey()
 
 
@@ -76,8 +77,14 @@ def _host(config: pytest.Config) -> Host:
         try:
             found = config.stash[host_key] = Host(Kvm(config.getoption("--kvm-device")))
         except KvmUnusableError as error:
-            pytest.exit(str(error), returncode=3)
+            _end(config, str(error), NO_KVM)
     return found
+
+
+def _end(config: pytest.Config, text: str, status: int) -> NoReturn:
+    """End the session; ``kvm-harness run`` finds the status in the stash, since pytest has meanings of its own."""
+    config.stash[ending_key] = (text, status)
+    pytest.exit(text, returncode=status)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -109,7 +116,11 @@ class _SuiteCollector(pytest.Collector):
     suite: CaseSuite
 
     def collect(self) -> Iterator[CaseItem]:
-        for case in self.suite.cases(_host(self.config).profile):
+        try:
+            cases = list(self.suite.cases(_host(self.config).profile))
+        except GuestError as error:
+            _end(self.config, str(error), BAD_INPUT)
+        for case in cases:
             item: CaseItem = CaseItem.from_parent(self, name=case.name)
             item.case = case
             yield item
@@ -193,10 +204,14 @@ def lockstep(request: pytest.FixtureRequest, runner: Runner) -> Callable[[Case],
 
 def judge(item: pytest.Item, case: Case, runner: Runner) -> Result:
     """Run a Case, keep its result for the journal, and end the test item accordingly."""
+    from harness.reference.cpu import ModelError
     from harness.reference.machine import ReferenceMachine
     from harness.report.failure import failure_text
 
-    result = runner.run(case, ReferenceMachine())
+    try:
+        result = runner.run(case, ReferenceMachine())
+    except ModelError as error:
+        result = Result(case.name, case.id, Verdict.LOST, 0, f"the model cannot run this guest: {error}")
     item.user_properties.append((PROPERTY, json.dumps(result.to_json())))
     if result.verdict in _BAD:
         out: Path | None = item.config.getoption("--kvm-out")
@@ -205,6 +220,8 @@ def judge(item: pytest.Item, case: Case, runner: Runner) -> Result:
         difference = result.difference
         text = failure_text(case, difference, runner.host.describe()) if difference is not None else result.summary
         pytest.fail(text, pytrace=False)
+    if result.verdict is Verdict.LOST:
+        pytest.fail(result.summary, pytrace=False)
     if result.verdict is Verdict.UNSUPPORTED:
         pytest.skip(result.summary)
     return result
@@ -240,8 +257,7 @@ class _Results:
                     try:
                         journal.append(record)
                     except JournalError as error:
-                        self.config.stash[lost_key] = error
-                        pytest.exit(str(error), returncode=error.status)
+                        _end(self.config, str(error), error.status)
 
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

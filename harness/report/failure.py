@@ -19,6 +19,7 @@ from harness.report.listing import (
     listing,
     registers_used,
     source_line,
+    stands_at,
 )
 from harness.state import GPR_NAMES, FieldDiff, bit_names
 
@@ -144,7 +145,8 @@ def _code_lines(code: list[Insn], case: Case, difference: Difference) -> Iterato
             yield str(insn)
     at = exit_address(difference)
     if at is not None and at != code[-1].address + len(code[-1].code):
-        yield f"exit at {at:#x}, outside this code"
+        whose = "expected exit" if stands_at(difference.got) is None else "exit"
+        yield f"{whose} at {at:#x}, outside this code"
 
 
 def _start(case: Case, difference: Difference, code: list[Insn]) -> list[str]:

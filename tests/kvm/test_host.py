@@ -36,6 +36,12 @@ def test_an_instruction_every_kvm_has_is_not_lacking(host):
     assert not host.lacks("long", b"\x90")
 
 
+def test_an_instruction_is_not_lacking_because_of_one_that_follows_it(host):
+    """Only KVM's word about this very instruction counts: a present one may run into one that is lacking."""
+    assert not host.lacks("prot32", b"\x90\xcc")
+    assert not host.lacks("prot32", b"\x0f\xc8\xf1")  # bswap eax; icebp
+
+
 @pytest.mark.parametrize("register", ["rax", "rip", "rflags", "cs.base"])
 def test_a_wrong_value_is_never_excused(host, kvm, register):
     """Where the guest reached its own HLT with a wrong register, no probe makes it a limit of the host."""

@@ -222,3 +222,13 @@ def test_sigint_ends_a_run_inside_kvm(machine, host):
     with pytest.raises(KeyboardInterrupt):
         run(machine, real_mode(host, "ebfe"))
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("irqchip", ["split", "full"])
+def test_guest_runs_with_an_interrupt_controller_in_the_kernel(kvm, host, irqchip):
+    """The port I/O exit is the same; HLT then waits in the kernel for an interrupt, until the time limit."""
+    shape = VmShape((Slot(0, 0x4000),), irqchip)
+    memory = Memory((Blob(0x1000, bytes.fromhex("e610 f4")),))
+    case = Case("t", memory, START, host.profile, shape, (Run(2),), bits=16)
+    with KvmMachine(kvm, limit=0.3) as machine:
+        assert [seen.exit for seen in run(machine, case)] == [Io(0x10, 1, True, b"\0"), Timeout(0.3)]
