@@ -337,12 +337,15 @@ class KvmMachine:
         vcpu.control(k.KVM_SET_GUEST_DEBUG, debug)
         try:
             for _ in range(action.count):
-                seen = list(self._run(Run(1)))
-                yield from seen
-                if seen[-1].exit.terminal:
+                for seen in self._run(Run(64)):  # an instruction may leave for userspace before its step is reported
+                    yield seen
+                    if isinstance(seen.exit, Debug) or seen.exit.terminal:
+                        break
+                if seen.exit.terminal:
                     break
         finally:
             vcpu.control(k.KVM_SET_GUEST_DEBUG, k.kvm_guest_debug())
+            self._poisoned = True  # a step over HLT leaves the vCPU halted, which no section shows
 
     def _inject(self, action: Inject) -> None:
         vcpu = self.vcpu

@@ -12,6 +12,7 @@ from harness.case import Case
 from harness.cpuid import CpuProfile
 from harness.modes import MODES
 from harness.paths.common import Family, cases
+from harness.paths.resume import resume_cases
 
 __all__ = ["FAMILIES", "Family", "all_cases", "cases"]
 
@@ -44,8 +45,11 @@ def all_cases(profile: CpuProfile, *, families: Iterable[str] | None = None, see
     run is in the list all the same: its ``requires`` says what it lacks. ValueError for an unknown family.
     """
     wanted = None if families is None else set(families)
-    unknown = (wanted or set()) - {f.name for f in FAMILIES}
+    unknown = (wanted or set()) - {f.name for f in FAMILIES} - {"resume"}
     if unknown:
-        known = ", ".join(f.name for f in FAMILIES)
+        known = ", ".join((*(f.name for f in FAMILIES), "resume"))
         raise ValueError(f"no family named {', '.join(sorted(unknown))}: use {known}")
-    return [c for f in FAMILIES if wanted is None or f.name in wanted for c in cases(f, profile, seeds=seeds)]
+    out = [c for f in FAMILIES if wanted is None or f.name in wanted for c in cases(f, profile, seeds=seeds)]
+    if wanted is None or "resume" in wanted:
+        out.extend(resume_cases(profile))
+    return out

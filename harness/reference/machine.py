@@ -69,7 +69,9 @@ class ReferenceMachine:
                 return self._complete()
             case SetState(values=values):
                 self._need_rest("SetState")
+                undefined = 0 if any(name == "rflags" for name, _ in values) else cpu.undefined
                 cpu.load_state(cpu.state().with_(dict(values)))
+                cpu.undefined = undefined
             case Step(count=count):
                 return self._step(count)
             case Inject():
