@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import pytest
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+MAX_WORKERS: Final = 4 * (os.cpu_count() or 1)
 OUT: Final = Path("out")
 _STATUSES: Final = (
     "exit status: 0 agrees, 1 mismatch or splat, 2 bad input or nothing selected, 3 no usable KVM, 4 lost "
@@ -34,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         status: int = args.function(args)
+        sys.stdout.flush()
         return status
     except KvmUnusableError as error:
         return _fail(str(error), NO_KVM)
@@ -45,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f"{error.strerror}: make room, or send the output elsewhere", Verdict.LOST.status)
 
 
 def _fail(text: str, status: int) -> int:
@@ -132,7 +140,9 @@ def _run(args: argparse.Namespace) -> int:
         "-p", "no:threadexception", f"--kvm-device={args.kvm_device}", f"--kvm-out={out}",
     ]  # fmt: skip
     if args.k is not None:
-        options += ["-k", args.k]
+        options.append(f"-k={args.k}")
+    if not 0 <= args.n <= MAX_WORKERS:
+        return _fail(f"-n {args.n}: give 0 (no workers) to {MAX_WORKERS}", BAD_INPUT)
     if args.n:
         options += ["-n", str(args.n)]
     if args.fail_fast:
@@ -150,7 +160,7 @@ def _run(args: argparse.Namespace) -> int:
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return Verdict.LOST.status  # pytest's own internal error
     print(f"results: {out}")
-    records = list(read_journal(out))[1:]
+    records = [r for r in read_journal(out) if "case" in r]
     decided = exit_status(Verdict(r["verdict"]) for r in records)
     if status == pytest.ExitCode.TESTS_FAILED and decided == 0:
         return Verdict.LOST.status  # a Case ended without a verdict: the harness itself failed
@@ -188,6 +198,8 @@ def _find_case(text: str, host: Host) -> Case:
     from harness.paths import all_cases
 
     path = Path(text)
+    if path.is_dir():
+        raise CaseError(f"{path}: is a folder; give one of its .json files")
     if path.suffix == ".json" or path.is_file():
         return load_case(path)
     for kept in sorted(OUT.glob(f"*/cases/{text}*.json")):
@@ -196,7 +208,7 @@ def _find_case(text: str, host: Host) -> Case:
     if not found:
         found = [c for c in all_cases(host.profile) if len(text) >= 4 and c.id.startswith(text)]
     if not found:
-        raise CaseError(f"no Case with id or name {text!r} on this host; `kvm-harness report DIR` lists those of a run")
+        raise CaseError(f"no Case with id or name {text!r} on this host; a run's --out folder has all in journal.jsonl")
     return found[0]
 
 
@@ -219,6 +231,8 @@ def _replay(args: argparse.Namespace) -> int:
         where = host.describe()
         host.close()
     if args.emit_c:
+        if result.verdict is Verdict.UNSUPPORTED:
+            print(f"kvm-harness: note: no defect, a limit of this host: {result.summary}", file=sys.stderr)
         try:
             print(emit_c(case, result.difference, where), end="")
         except EmitError as error:
@@ -233,13 +247,16 @@ def _replay(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from harness.pytest_plugin import summary_lines
 
-    header, *records = read_journal(args.folder)
+    header, *lines = read_journal(args.folder)
+    records = [r for r in lines if "case" in r]
     print(f"{header['host']}, started {header['started']}")
     for record in records:
         if Verdict(record["verdict"]) not in (Verdict.AGREE, Verdict.UNSUPPORTED):
             print(f"{record['verdict']:10s} {record['id']} {record['case']}: {record['summary']}")
     for line in summary_lines(records):
         print(line)
+    if not any("finished" in r for r in lines):
+        return _fail("incomplete: the run was interrupted or lost before its end", Verdict.LOST.status)
     return exit_status(Verdict(r["verdict"]) for r in records)
 
 

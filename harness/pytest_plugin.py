@@ -260,6 +260,12 @@ class _Results:
                         _end(self.config, str(error), error.status)
 
     @pytest.hookimpl
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        journal = self.config.stash.get(journal_key, None)
+        if journal is not None and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            journal.append({"finished": True})
+
+    @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if lines := summary_lines(self.config.stash[results_key]):
             terminalreporter.section("kvm-harness")

@@ -28,7 +28,7 @@ def start(*words):
 
 
 def finished(folder):
-    return list(read_journal(folder))[1:]
+    return [r for r in read_journal(folder) if "case" in r]
 
 
 def wait_for_results(folder, count, child):
@@ -115,7 +115,9 @@ def test_killed_run_keeps_its_results(tmp_path):
     child.kill()
     child.communicate(timeout=60)
     assert len(finished(tmp_path / "o")) >= 20
-    assert harness("report", tmp_path / "o").returncode == 0
+    shown = harness("report", tmp_path / "o")
+    assert shown.returncode == 4
+    assert "incomplete" in shown.stderr
 
 
 def test_full_disk_is_lost_not_failed_and_keeps_what_was_written(tmp_path):
@@ -197,3 +199,25 @@ def test_trophy_is_reproduced_by_its_case_and_by_the_c_made_of_it(tmp_path):
     shown = subprocess.run([tmp_path / "x"], capture_output=True, text=True, check=False)
     assert shown.returncode == 1
     assert "rcx" in shown.stdout
+
+
+@pytest.mark.parametrize("words", [["probe"], ["probe", "--json"], ["--help"]])
+def test_full_standard_output_is_lost_without_a_traceback(words):
+    command = [sys.executable, "-m", "harness.cli", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode != 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", ["-1", "100000"])
+def test_senseless_number_of_workers_is_refused(number, tmp_path):
+    done = harness("run", "-n", number, "--out", tmp_path / "o")
+    assert done.returncode == 2
+    assert "give 0" in done.stderr
+
+
+def test_folder_in_place_of_a_case_is_refused():
+    done = harness("replay", ROOT)
+    assert done.returncode == 2
+    assert "is a folder" in done.stderr
