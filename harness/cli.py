@@ -34,8 +34,8 @@ _STATUSES: Final = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (harness/verdict.py)."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         status: int = args.function(args)
         sys.stdout.flush()
         return status
