@@ -283,6 +283,8 @@ class Host:
             if kind == "mode":
                 if bad := self.modes.get(what, "no such mode"):
                     return f"mode {what}: {bad}"
+                if what == "vm86" and (odd := self.delivery.get(what)):  # every guest there ends in an exception
+                    return f"{what}: {odd}"
             elif kind == "trait":
                 if bad := self.traits.get(what, ""):
                     return f"{what}: {bad}"
@@ -301,7 +303,8 @@ class Host:
             code = self._faulting_code(case, difference.got, machine)
         if code and self.lacks(mode, code):
             return f"this KVM's emulator lacks {_instruction(code)} in {mode}"
-        if self._delivered(difference.expected) is not None and (odd := self.delivery.get(mode)):
+        vector = self._delivered(difference.expected)  # the same exception on both sides: its frame is what is odd
+        if vector is not None and self._delivered(difference.got) == vector and (odd := self.delivery.get(mode)):
             return f"{mode}: {odd}"
         return ""
 

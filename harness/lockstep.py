@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from harness.case import Case, Observation
@@ -129,8 +128,3 @@ def _take(wanted: object, got: Observation) -> Observation | None:
 
 def _same_port(a: Io, b: Io) -> bool:
     return (a.port, a.size, a.write) == (b.port, b.size, b.write)
-
-
-def flatten(ignore: Mapping[str, int]) -> str:
-    """Undefined bits for people: ``rflags:0x10``."""
-    return " ".join(f"{name}:{mask:#x}" for name, mask in ignore.items())

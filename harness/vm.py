@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -545,9 +545,3 @@ _EFER_LMA: Final = _offset(k.kvm_sregs, "efer") + 1
 _XCR0_AT: Final = _offset(k.kvm_xcrs, "xcrs") + _offset(k.kvm_xcr, "value")
 _XCR0: Final = slice(_XCR0_AT, _XCR0_AT + 8)
 _XCR0_RESET: Final = struct.pack("<Q", 1)
-
-
-def memory_ranges(vm: Vm) -> Iterator[tuple[int, int, mmap.mmap]]:
-    """(guest-physical start, host address, mapping) of every slot."""
-    for slot, ram in vm.ram.items():
-        yield slot.gpa, vm.address[slot], ram
