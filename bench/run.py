@@ -276,9 +276,9 @@ def unicorn_loops(code: bytes) -> list[Callable[[], None]]:
 
 def suite_figures(kvm: Kvm, host: Host, sample: int) -> list[Figure]:
     """A sample of the suite once, 4 times and 16 times as long: the cost of a Case must not grow with their number."""
+    from harness.judge import Runner
     from harness.paths import all_cases
     from harness.reference.machine import ReferenceMachine
-    from harness.runner import Runner
 
     every = list(all_cases(host.profile))
     cases = list(islice(every[:: max(len(every) // sample, 1)], sample))

@@ -213,13 +213,13 @@ def _find_case(text: str, host: Host) -> Case:
 
 
 def _replay(args: argparse.Namespace) -> int:
+    from harness.judge import Runner
     from harness.known import load_known
     from harness.machine import KvmMachine
     from harness.reference.cpu import ModelError
     from harness.reference.machine import ReferenceMachine
     from harness.report.emit_c import EmitError, emit_c
     from harness.report.failure import failure_text
-    from harness.runner import Runner
 
     with Kvm(args.kvm_device) as kvm, KvmMachine(kvm) as machine:
         host = Host(kvm)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from harness import kvm_ioctl as k
 from harness.case import Blob, Case, Memory, Observation, Run, Step
@@ -89,6 +89,11 @@ class Host:
             regs = {r: getattr(e, r) & masks.get(r, 0xFFFFFFFF) & 0xFFFFFFFF for r in ("eax", "ebx", "ecx", "edx")}
             rows.append(CpuidEntry(e.function, e.index, e.flags, **regs))
         return CpuProfile(tuple(rows))
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Named CPU features of the guest CPUID."""
+        return self.profile.features
 
     def describe(self) -> str:
         """One line for headers and reports."""
@@ -201,7 +206,7 @@ class Host:
     def _probe_vector(self, mode: str, code: bytes) -> int | None:
         """The exception that a guest of this instruction ends with."""
         try:
-            return self._delivered(self._run(mode, code)[-1])
+            return delivered_vector(self._run(mode, code)[-1])
         except (k.KvmError, LookupError):
             return None
 
@@ -244,14 +249,6 @@ class Host:
                 out[mode] = "an exception in virtual-8086 mode does not save and clear the data segments"
         return out
 
-    def _delivered(self, seen: Observation | None) -> int | None:
-        """The vector whose stub a Case of harness.paths has ended in, None when in none."""
-        if seen is None or not seen.sections:
-            return None
-        state = unpack_sections(seen.sections)
-        at = state.cs.base + state.rip - 1 - STUBS
-        return at >> 4 if 0 <= at < 0x1000 and not at & 15 else None
-
     def lacks(self, mode: str, code: bytes) -> bool:
         """True when a guest of nothing but this instruction ends in KVM's own word that it cannot emulate it."""
         mode = _PRIVILEGED.get(mode, mode)  # for CPL3 KVM has #UD in place of its word, so it is asked at CPL0
@@ -278,43 +275,26 @@ class Host:
 
     def unsupported(self, case: Case) -> str:
         """Why this host cannot run ``case`` at all, or an empty string."""
-        for need in sorted(case.requires):
-            kind, _, what = need.partition(":")
-            if kind == "mode":
-                if bad := self.modes.get(what, "no such mode"):
-                    return f"mode {what}: {bad}"
-                if what == "vm86" and (odd := self.delivery.get(what)):  # every guest there ends in an exception
-                    return f"{what}: {odd}"
-            elif kind == "trait":
-                if bad := self.traits.get(what, ""):
-                    return f"{what}: {bad}"
-            elif need not in self.profile.features:
-                return f"no {need} in the guest CPUID"
-        return ""
+        return missing(case, self)
 
-    def excuse(self, case: Case, difference: Difference, machine: KvmMachine) -> str:
-        """Why a difference is a limit of this host, shown by a probe, or an empty string: then it is a defect."""
+    def excuse(self, case: Case, difference: Difference, read: Callable[[int, int], bytes]) -> str:
+        """Why a difference is a limit of this host, shown by a probe, or an empty string: then it is a defect.
+
+        ``read(gpa, size)`` gives guest RAM where the machine stands.
+        """
         got = difference.got.exit if difference.got is not None else None
         mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
         code = b""
         if isinstance(got, InternalError) and got.suberror == k.KVM_INTERNAL_ERROR_EMULATION:
             code = got.code
-        elif self._delivered(difference.got) == _UD:
-            code = self._faulting_code(case, difference.got, machine)
+        elif delivered_vector(difference.got) == _UD:
+            code = _faulting_code(case, difference.got, read)
         if code and self.lacks(mode, code):
             return f"this KVM's emulator lacks {_instruction(code)} in {mode}"
-        vector = self._delivered(difference.expected)  # the same exception on both sides: its frame is what is odd
-        if vector is not None and self._delivered(difference.got) == vector and (odd := self.delivery.get(mode)):
+        vector = delivered_vector(difference.expected)  # the same exception on both sides: its frame is what is odd
+        if vector is not None and delivered_vector(difference.got) == vector and (odd := self.delivery.get(mode)):
             return f"{mode}: {odd}"
         return ""
-
-    def _faulting_code(self, case: Case, seen: Observation | None, machine: KvmMachine) -> bytes:
-        """The bytes at the RIP in the exception frame that the guest ended with."""
-        assert seen is not None
-        state = unpack_sections(seen.sections)
-        size = 8 if state.efer >> 10 & 1 else 4 if case.bits == 32 else 2
-        frame = machine.read(state.ss.base + state.gpr[4], size)
-        return machine.read(int.from_bytes(frame, "little") + case.start.cs.base, 15)
 
     def to_json(self) -> Mapping[str, Any]:
         """Everything ``kvm-harness probe`` shows."""
@@ -345,6 +325,61 @@ class Host:
         if self._machine is not None:
             self._machine.close()
             self._machine = None
+
+
+class Abilities(Protocol):
+    """What decides whether a Case can run at all: probed (Host), or checked in (a lab cell's profile)."""
+
+    @property
+    def modes(self) -> Mapping[str, str]:
+        """Mode -> "" when it runs, else what happened instead."""
+
+    @property
+    def delivery(self) -> Mapping[str, str]:
+        """Mode -> "" when exceptions are delivered as they must, else what is odd."""
+
+    @property
+    def traits(self) -> Mapping[str, str]:
+        """Trait -> "" when present, else what was seen."""
+
+    @property
+    def features(self) -> frozenset[str]:
+        """CPU features of the guest CPUID."""
+
+
+def missing(case: Case, able: Abilities) -> str:
+    """Why ``case`` cannot run there at all, or an empty string."""
+    for need in sorted(case.requires):
+        kind, _, what = need.partition(":")
+        if kind == "mode":
+            if bad := able.modes.get(what, "no such mode"):
+                return f"mode {what}: {bad}"
+            if what == "vm86" and (odd := able.delivery.get(what)):  # every guest there ends in an exception
+                return f"{what}: {odd}"
+        elif kind == "trait":
+            if bad := able.traits.get(what, ""):
+                return f"{what}: {bad}"
+        elif need not in able.features:
+            return f"no {need} in the guest CPUID"
+    return ""
+
+
+def delivered_vector(seen: Observation | None) -> int | None:
+    """The vector whose stub a Case of harness.paths has ended in, None when in none."""
+    if seen is None or not seen.sections:
+        return None
+    state = unpack_sections(seen.sections)
+    at = state.cs.base + state.rip - 1 - STUBS
+    return at >> 4 if 0 <= at < 0x1000 and not at & 15 else None
+
+
+def _faulting_code(case: Case, seen: Observation | None, read: Callable[[int, int], bytes]) -> bytes:
+    """The bytes at the RIP in the exception frame that the guest ended with."""
+    assert seen is not None
+    state = unpack_sections(seen.sections)
+    size = 8 if state.efer >> 10 & 1 else 4 if case.bits == 32 else 2
+    frame = read(state.ss.base + state.gpr[4], size)
+    return read(int.from_bytes(frame, "little") + case.start.cs.base, 15)
 
 
 _PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")

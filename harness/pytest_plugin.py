@@ -21,9 +21,9 @@ from harness.cpuid import CpuProfile
 from harness.guest import GuestError
 from harness.host import Host
 from harness.journal import Journal, JournalError
+from harness.judge import Result, Runner
 from harness.known import load_known
 from harness.machine import KvmMachine
-from harness.runner import Result, Runner
 from harness.verdict import BAD_INPUT, NO_KVM, Verdict
 from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError, Vcpu, Vm
 

@@ -1,7 +1,8 @@
 """The lab's part of the cache: what was built once is found again by the content it was built from.
 
-Entries live in ``lab/<kind>/<key>/`` of the cache directory (harness/lab/debian.py says where that is); an entry appears
-by one rename and is never changed. Any number of processes may ask for the same one: the first builds, the others wait.
+Entries live in ``lab/<kind>/<key>/`` of the cache directory (harness/lab/debian.py says where that is); an entry
+appears by one rename and is never changed. Any number of processes may ask for the same one: the first builds it, the
+others wait.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
-    """The entry's folder. ``make`` fills an empty folder beside it when it is not there yet; if it raises, nothing stays.
+    """The entry's folder. If it is not there yet, ``make`` fills an empty one; if that raises, nothing stays.
 
     Raises LabError when the disk is full or the cache cannot be written.
     """

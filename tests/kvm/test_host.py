@@ -50,7 +50,7 @@ def test_a_wrong_value_is_never_excused(host, kvm, register):
         machine.load(case)
         (seen,) = machine.apply(case.actions[0])
         wrong = Difference(0, 0, seen, seen, (FieldDiff(register, 1, 2),))
-        assert host.excuse(case, wrong, machine) == ""
+        assert host.excuse(case, wrong, machine.read) == ""
 
 
 def test_an_emulation_failure_of_an_instruction_the_emulator_has_is_not_excused(host, kvm):
@@ -59,4 +59,4 @@ def test_an_emulation_failure_of_an_instruction_the_emulator_has_is_not_excused(
         machine.load(case)
         expected = Observation(Halt(), {})
         failed = Observation(InternalError(1, b"\x90" * 15), {})
-        assert host.excuse(case, Difference(0, 0, expected, failed), machine) == ""
+        assert host.excuse(case, Difference(0, 0, expected, failed), machine.read) == ""

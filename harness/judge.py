@@ -1,0 +1,103 @@
+"""Judge: from what running a Case showed to its verdict, with the limits and known divergences of where it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from harness.case import Case
+from harness.host import Host
+from harness.known import KnownDivergence
+from harness.lockstep import Difference
+from harness.machine import KvmMachine, Machine
+from harness.runner import Finding, execute
+from harness.verdict import Verdict
+
+Read = Callable[[int, int], bytes]
+"""Guest RAM where the machine stands: (guest-physical address, size) -> bytes, empty outside of it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one Case came to. ``summary`` is one line: what differs, or why it was not run."""
+
+    name: str
+    id: str
+    verdict: Verdict
+    checks: int = 0
+    summary: str = ""
+    seconds: float = 0.0
+    difference: Difference | None = field(default=None, compare=False)
+
+    def to_json(self) -> Mapping[str, Any]:
+        """The journal's line."""
+        return {
+            "case": self.name, "id": self.id, "verdict": self.verdict.value, "checks": self.checks,
+            "summary": self.summary, "seconds": round(self.seconds, 6),
+        }  # fmt: skip
+
+
+class Limits(Protocol):
+    """What the place where Cases run cannot do: a probed Host, or the checked-in profile of a lab cell."""
+
+    @property
+    def module(self) -> str:
+        """The vendor module behind the KVM: kvm_amd, kvm_intel ..."""
+
+    def unsupported(self, case: Case) -> str:
+        """Why it cannot run ``case`` at all, or an empty string."""
+
+    def excuse(self, case: Case, difference: Difference, read: Read) -> str:
+        """Why a difference is a limit and no defect, or an empty string."""
+
+
+class Judge:
+    """Gives verdicts. ``known`` are the divergences that are expected of this KVM."""
+
+    def __init__(self, limits: Limits, known: Sequence[KnownDivergence] = ()) -> None:
+        self.limits = limits
+        self._known = known
+
+    def skip(self, case: Case) -> Result | None:
+        """The result of a Case that need not be run, None for one that must."""
+        reason = self.limits.unsupported(case)
+        return Result(case.name, case.id, Verdict.UNSUPPORTED, 0, reason) if reason else None
+
+    def judge(self, case: Case, finding: Finding, read: Read) -> Result:
+        """The verdict on what running ``case`` showed."""
+
+        def result(verdict: Verdict, summary: str) -> Result:
+            return Result(case.name, case.id, verdict, finding.checks, summary, finding.seconds, found)
+
+        found = finding.difference
+        if finding.killed:
+            return result(Verdict.SPLAT, f"the kernel killed the VM: {finding.killed}")
+        if finding.refused:
+            return result(Verdict.MISMATCH, f"start state refused: {finding.refused}")
+        rows = [row for row in self._known if row.covers(case.name, self.limits.module)]
+        if found is None:
+            if rows:
+                return result(Verdict.HEALED, f"{rows[0].name} no longer diverges")
+            return result(Verdict.AGREE, "")
+        for row in rows:
+            if row.explains(case, found):
+                return result(Verdict.KNOWN, f"{row.name}: {found.summary()}")
+        if reason := self.limits.excuse(case, found, read):
+            return result(Verdict.UNSUPPORTED, reason)
+        return result(Verdict.MISMATCH, found.summary())
+
+
+class Runner:
+    """Runs Cases on this machine's KVM and judges them at once. ``known`` are the divergences expected of it."""
+
+    def __init__(self, machine: KvmMachine, host: Host, known: Sequence[KnownDivergence] = ()) -> None:
+        self.machine, self.host = machine, host
+        self._judge = Judge(host, known)
+
+    def run(self, case: Case, expected: Machine) -> Result:
+        """Run ``case`` in lockstep with ``expected`` and judge the outcome. Errors of ``expected`` pass through."""
+        skipped = self._judge.skip(case)
+        if skipped is not None:
+            return skipped
+        return self._judge.judge(case, execute(case, expected, self.machine), self.machine.read)
