@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -81,10 +82,11 @@ class Guest:
 # --- assembling -----------------------------------------------------------------------------------------------------
 
 
-def assemble(source: Path, *, bits: int, defines: Mapping[str, int]) -> Path:
+def assemble(source: Path, *, bits: int, defines: Mapping[str, int], forced: bool = False) -> Path:
     """Assemble ``source`` for 16, 32 or 64-bit code, link it at CODE_BASE, and give the path of the (cached) ELF.
 
-    ``defines`` become ``--defsym``; BITS is always defined. GuestError: no assembler, no source, or what the
+    ``defines`` become ``--defsym``; BITS is always defined. With ``forced`` every instruction of ``source`` itself
+    (not of what it includes) gets KVM's force-emulation prefix. GuestError: no assembler, no source, or what the
     assembler said.
     """
     if bits not in (16, 32, 64):
@@ -92,7 +94,7 @@ def assemble(source: Path, *, bits: int, defines: Mapping[str, int]) -> Path:
     as_, ld = _tool("as"), _tool("ld")
     symbols = {**defines, "BITS": bits}
     try:
-        key = _key(source, bits, symbols, as_, ld)
+        key = _key(source, bits, {**symbols, "(forced)": int(forced)}, as_, ld)
     except OSError as error:
         raise GuestError(f"{error.filename or source}: {error.strerror}") from error
     cached = cache_dir() / "guests" / f"{source.stem}-{bits}-{key}.elf"
@@ -107,13 +109,41 @@ def assemble(source: Path, *, bits: int, defines: Mapping[str, int]) -> Path:
             syms = [word for name, value in symbols.items() for word in ("--defsym", f"{name}={value}")]
             where = source.resolve().parent
             paths = ["-I", ".", "-I", str(GUESTS_DIR)]
-            _run([as_, width, "-g", *paths, *syms, "-o", str(obj), source.name], source, where)
+            text = force_emulation(source.read_text(), source.name) if forced else None
+            _run([as_, width, "-g", *paths, *syms, "-o", str(obj), "-" if forced else source.name], source, where, text)
             _run([ld, "-m", emulation, "-T", str(LINKER_SCRIPT), "-o", str(elf), str(obj)], source, where)
             elf.replace(cached)  # atomic: other processes see all of it or nothing
     except OSError as error:
         what = f"{error.filename or cached}: {error.strerror}"
         raise GuestError(f"{what} (the cache; KVM_HARNESS_CACHE moves it)") from error
     return cached
+
+
+_PREFIX: Final = ".byte 0x0f,0x0b,0x6b,0x76,0x6d; "
+_LABEL: Final = re.compile(r"^\s*[\w.\\()]+:")
+_UNFORCED: Final = re.compile(r"^(?:\.|#|fin\b|[\w.$]+\s*=|$)")
+
+
+def force_emulation(text: str, name: str) -> str:
+    """Assembler source with KVM's force-emulation prefix before each instruction; line numbers stay.
+
+    The prefix is UD2 and the letters kvm (kvm.force_emulation_prefix; arch/x86/kvm/x86.c, handle_ud()). Directives,
+    labels, calls of macros, HLT through ``fin`` and raw bytes are left alone.
+    """
+    macros = set(re.findall(r"^\s*\.macro\s+(\w+)", text, re.MULTILINE)) | _COMMON_MACROS
+    out = [f'# 1 "{name}"']
+    for line in text.split("\n"):
+        label = _LABEL.match(line)
+        head, rest = (line[: label.end()] + " ", line[label.end() :]) if label else ("", line)
+        word = rest.split(None, 1)[0] if rest.strip() else ""
+        plain = _UNFORCED.match(rest.strip()) or word in macros
+        out.append(line if plain else f"{head}{_PREFIX}{rest.strip()}")
+    return "\n".join(out)
+
+
+_COMMON_MACROS: Final = frozenset(
+    re.findall(r"^\.macro\s+(\w+)", (GUESTS_DIR / "common.inc").read_text(), re.MULTILINE)
+)
 
 
 def cache_dir() -> Path:
@@ -143,8 +173,11 @@ def _key(source: Path, bits: int, symbols: Mapping[str, int], *tools: str) -> st
     return h.hexdigest()[:20]
 
 
-def _run(command: list[str], source: Path, where: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=where, check=False)
+def _run(command: list[str], source: Path, where: Path, text: str | None = None) -> None:
+    done = subprocess.run(
+        command, input=text, stdin=None if text is not None else subprocess.DEVNULL, capture_output=True, text=True,
+        errors="replace", cwd=where, check=False,
+    )  # fmt: skip
     if done.returncode:
         raise GuestError(f"{source}: {Path(command[0]).name} failed:\n{done.stderr.strip() or done.stdout.strip()}")
 

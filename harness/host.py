@@ -288,9 +288,9 @@ class Host:
         if isinstance(got, InternalError) and got.suberror == k.KVM_INTERNAL_ERROR_EMULATION:
             code = got.code
         elif delivered_vector(difference.got) == _UD:
-            code = _faulting_code(case, difference.got, read)
+            code = faulting_code(case, difference.got, read)
         if code and self.lacks(mode, code):
-            return f"this KVM's emulator lacks {_instruction(code)} in {mode}"
+            return f"this KVM's emulator lacks {instruction_name(code)} in {mode}"
         vector = delivered_vector(difference.expected)  # the same exception on both sides: its frame is what is odd
         if vector is not None and delivered_vector(difference.got) == vector and (odd := self.delivery.get(mode)):
             return f"{mode}: {odd}"
@@ -373,7 +373,7 @@ def delivered_vector(seen: Observation | None) -> int | None:
     return at >> 4 if 0 <= at < 0x1000 and not at & 15 else None
 
 
-def _faulting_code(case: Case, seen: Observation | None, read: Callable[[int, int], bytes]) -> bytes:
+def faulting_code(case: Case, seen: Observation | None, read: Callable[[int, int], bytes]) -> bytes:
     """The bytes at the RIP in the exception frame that the guest ended with."""
     assert seen is not None
     state = unpack_sections(seen.sections)
@@ -385,7 +385,7 @@ def _faulting_code(case: Case, seen: Observation | None, read: Callable[[int, in
 _PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 
 
-def _instruction(code: bytes) -> str:
+def instruction_name(code: bytes) -> str:
     """The opcode of an instruction, for grouping: legacy prefixes that select an instruction, escape and opcode."""
     at = 0
     while at < len(code) - 1 and code[at] in _PREFIXES:

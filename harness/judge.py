@@ -64,6 +64,10 @@ class Judge:
         reason = self.limits.unsupported(case)
         return Result(case.name, case.id, Verdict.UNSUPPORTED, 0, reason) if reason else None
 
+    def covered(self, name: str) -> list[KnownDivergence]:
+        """The known divergences that speak of this Case, here."""
+        return [row for row in self._known if row.covers(name, self.limits.module)]
+
     def judge(self, case: Case, finding: Finding, read: Read) -> Result:
         """The verdict on what running ``case`` showed."""
 
@@ -75,7 +79,7 @@ class Judge:
             return result(Verdict.SPLAT, f"the kernel killed the VM: {finding.killed}")
         if finding.refused:
             return result(Verdict.MISMATCH, f"start state refused: {finding.refused}")
-        rows = [row for row in self._known if row.covers(case.name, self.limits.module)]
+        rows = self.covered(case.name)
         if found is None:
             if rows:
                 return result(Verdict.HEALED, f"{rows[0].name} no longer diverges")

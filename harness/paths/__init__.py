@@ -38,6 +38,19 @@ FAMILIES: Final = (
 )
 
 
+_FORCED: Final = frozenset(
+    {"gpr", "alu", "flow", "io", "mmio", "control", "msr", "segment", "string", "flags", "fault"}
+)
+
+
+def forced_cases(profile: CpuProfile) -> list[Case]:
+    """The Cases of the families with plain entries once more, each instruction forced through KVM's emulator.
+
+    They need ``kvm.force_emulation_prefix=1`` ("fep" in ``requires``). All modes that decode differently are there.
+    """
+    return [c for f in FAMILIES if f.name in _FORCED for c in cases(f, profile, forced=True)]
+
+
 def all_cases(profile: CpuProfile, *, families: Iterable[str] | None = None, seeds: int | None = None) -> list[Case]:
     """Every Case of the suite for a guest that sees ``profile``, in a stable order with stable, unique names.
 

@@ -97,16 +97,24 @@ class Family:
         return f"{self.name}.S"
 
 
-def cases(family: Family, profile: CpuProfile, *, seeds: int | None = None) -> Iterator[Case]:
-    """The Cases of one family, by mode, then entry, then start state. GuestError when its source does not assemble."""
+def cases(
+    family: Family, profile: CpuProfile, *, seeds: int | None = None, forced: bool = False
+) -> Iterator[Case]:
+    """The Cases of one family, by mode, then entry, then start state. GuestError when its source does not assemble.
+
+    ``forced``: every instruction goes through KVM's emulator, by its force-emulation prefix.
+    """
+    prefix_name = "forced/" if forced else ""
     for mode in family.modes:
-        guest, memory = _image(family.source, mode, profile)
+        guest, memory = _image(family.source, mode, profile, forced)
         base = setup(mode, entry=0, profile=profile)
         if family.msrs:
             base = replace(base, state=replace(base.state, msrs=SYSTEM_MSRS))
         requires = frozenset((f"mode:{mode}", *_MODE_FEATURES.get(mode, ())))
         if base.bits == 64:
             requires |= family.features
+        if forced:
+            requires |= {"fep"}
         for entry, address in guest.entries.items():
             needs = requires
             for prefix, feature in _ENTRY_FEATURES:
@@ -118,7 +126,7 @@ def cases(family: Family, profile: CpuProfile, *, seeds: int | None = None) -> I
             entry_needs = needs
             for n in range(family.seeds if seeds is None else seeds):
                 needs = entry_needs
-                name = f"{family.name}/{entry}@{mode}#{n}"
+                name = f"{prefix_name}{family.name}/{entry}@{mode}#{n}"
                 seed = zlib.crc32(name.encode())
                 start = start_state(base, address, seed, apx="apx" in needs & profile.features)
                 if family.iopl and n % 2:
@@ -163,15 +171,15 @@ def start_state(base: Setup, address: int, seed: int, *, apx: bool = False) -> C
 
 
 @lru_cache(maxsize=256)
-def guest_for(source: str, mode: str) -> Guest:
-    """The guest ``guests/<source>`` as assembled for ``mode``."""
+def guest_for(source: str, mode: str, forced: bool = False) -> Guest:
+    """The guest ``guests/<source>`` as assembled for ``mode``; ``forced``: see :func:`harness.guest.assemble`."""
     constants = assembler_constants(mode)
-    return load(assemble(GUESTS_DIR / source, bits=bits_of(mode), defines=constants))
+    return load(assemble(GUESTS_DIR / source, bits=bits_of(mode), defines=constants, forced=forced))
 
 
 @lru_cache(maxsize=256)
-def _image(source: str, mode: str, profile: CpuProfile) -> tuple[Guest, Memory]:
-    guest = guest_for(source, mode)
+def _image(source: str, mode: str, profile: CpuProfile, forced: bool = False) -> tuple[Guest, Memory]:
+    guest = guest_for(source, mode, forced)
     return guest, Memory((*setup(mode, entry=0, profile=profile).blobs, *_filling(), *guest.blobs))
 
 

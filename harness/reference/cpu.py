@@ -95,6 +95,7 @@ class Cpu:
         self.profile: CpuProfile = case.profile
         self.features = case.profile.features
         self.amd = case.profile.amd
+        self.forced = "fep" in case.requires
         self.pending_exits, self.reads, self.retired = [], 0, 0
         self.repeat, self.trap_bits = False, 0
         self.unseen_msrs: dict[int, int] = {}

@@ -11,6 +11,8 @@ from harness.reference.decoder import Truncated, decode
 from harness.reference.insn import Insn, Operation
 
 PAGE: Final = 4096
+FORCE_EMULATION: Final = b"\x0f\x0b\x6b\x76\x6d"
+"""UD2 and "kvm": KVM with kvm.force_emulation_prefix steps over it and emulates what follows (x86.c, handle_ud())."""
 DR6_BS: Final = 1 << 14
 _NO_TRAP: Final = frozenset({"int", "int3", "into", "int1", "icebp", "syscall", "sysenter"})
 """Instructions that leave for a handler with TF clear: no single-step trap of their own (SDM vol. 3B 17.3.1.4)."""
@@ -51,6 +53,20 @@ def _fetch(cpu: Cpu) -> tuple[Insn, Operation, bool, bool]:
             n += 1
 
 
+def _forced(cpu: Cpu) -> None:
+    """The prefix itself does nothing: to the guest the instruction after it is any other."""
+
+
+def _forced_entry(cpu: Cpu) -> CodeEntry | None:
+    """The force-emulation prefix, if that is what is at RIP and this Case has it."""
+    if not cpu.forced:
+        return None
+    rip, size = cpu.rip, len(FORCE_EMULATION)
+    if cpu.mem.fetch(rip, 2) != FORCE_EMULATION[:2] or cpu.mem.fetch(rip, size) != FORCE_EMULATION:
+        return None
+    return CodeEntry(_forced, rip + size & MASK[64 if cpu.long64 else 32], FORCE_EMULATION, True, False)
+
+
 def lookup(cpu: Cpu) -> CodeEntry:
     """The compiled instruction at RIP, checked against memory. Fault when it cannot be fetched or is invalid."""
     rip, mem = cpu.rip, cpu.mem
@@ -61,7 +77,10 @@ def lookup(cpu: Cpu) -> CodeEntry:
         parts = mem.fetch_parts(rip, len(entry.code))
         if mem.fetch(rip, len(entry.code)) != entry.code:
             entry = None
-    if entry is None:
+    if entry is None and (entry := _forced_entry(cpu)) is not None:
+        cpu.code[rip] = entry
+        parts = mem.fetch_parts(rip, len(entry.code))
+    elif entry is None:
         insn, op, no_trap, string = _fetch(cpu)
         entry = CodeEntry(op, rip + insn.length & MASK[64 if cpu.long64 else 32], insn.code, no_trap, string)
         cpu.code[rip] = entry
@@ -112,6 +131,9 @@ def step(cpu: Cpu) -> bool:
         if cpu.dr7 & 0xFF and not flags & RF and shadow != SHADOW_MOV_SS:
             _instruction_breakpoint(cpu)
         entry = lookup(cpu)
+        if entry.op is _forced:
+            cpu.rip = entry.next
+            return False
         cpu.shadow = 0
         cpu.rflags = flags & ~RF
         cpu.rip = entry.next

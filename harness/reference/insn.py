@@ -3,7 +3,8 @@
 Operand patterns are those of SDM vol. 2D appendix A: a letter for where (E, G, I, J, M, O, Z: the register in the low
 opcode bits, A: far pointer, S/C/D: segment, control, debug register, R: register in rm, X/Y: string source/target),
 a letter for how wide (b, w, d, q, v: operand size, z: at most 32 bits, y: 32 or 64, bs: a byte sign-extended,
-p: far pointer, s: 16-bit limit and base), or a fixed register (AL, CL, DX, rAX, 1, 3).
+p: far pointer, s: 16-bit limit and base), or a fixed register (AL, CL, DX, rAX, 1, 3). B is the GPR in VEX.vvvv or
+EVEX.vvvv.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ class Row:
     ``opcode`` is the manual's notation: optional mandatory prefix (``66``, ``F2``, ``F3``; ``NP``: none of them may be
     there; ``NR``: neither F2 nor F3), opcode bytes, ``+r`` for a register in the low three bits, ``/0``..``/7`` for an
     extension in ModRM.reg, ``/r`` for a ModRM byte, ``/r:m`` or ``/0:r`` to demand memory or register in ModRM.rm, or a
-    whole ModRM byte after ``=`` (``0F 01 =D0``).  ``writes``, ``undefined``: status flags written, left undefined.
+    whole ModRM byte after ``=`` (``0F 01 =D0``). ``REX2``: the opcode exists only with that prefix. ``VEX`` and ``EVEX``
+    carry what the prefix holds, parted by dots: a mandatory prefix (``66``, ``F2``, ``F3``; none: NP, and 66 where an
+    operand follows the operand size), the map (``M2``, ``M3``; EVEX without one is map 4), and how EVEX.ND and EVEX.NF
+    may be (absent: 0; ``ND``, ``NF``: either; ``ND1``, ``NF1``: 1; ``ZU``: ND zeroes the register's upper part;
+    ``SCC``: CCMP and CTEST, whose payload has a condition and default flags instead).  ``writes``, ``undefined``: status flags written, left undefined.
     ``size``: ``v`` by prefixes, ``d64`` 64 by default in 64-bit mode (no 32), ``f64`` always 64 there, ``n64`` near
-    branch (64 there; AMD honours 66).  ``modes``: ``all``, ``64``, ``no64``. ``feature``: CPUID name, #UD without it.
-    ``lock``: LOCK is valid when the first operand is memory. ``operation`` compiles an Insn to a function of the Cpu.
+    branch (64 there; AMD honours 66), ``y`` 64 with W in 64-bit mode, else 32.  ``modes``: ``all``, ``64``, ``no64``. ``feature``: CPUID name, #UD without it.
+    ``lock``: LOCK is valid when the first operand is memory. ``rex2``: a REX2 prefix is allowed. ``operation`` compiles an Insn to a function of the Cpu.
     """
 
     mnemonic: str
@@ -50,6 +55,7 @@ class Row:
     modes: str = "all"
     feature: str = ""
     lock: bool = False
+    rex2: bool = True
 
     @property
     def undefined_mask(self) -> int:
@@ -59,6 +65,10 @@ class Row:
 
 _SIZE8 = ("al", "cl", "dl", "bl", "ah", "ch", "dh", "bh")
 _LEGACY = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
+SCC_NAMES: Final = ("o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "t", "f", "l", "ge", "le", "g")
+"""Source conditions of CCMP and CTEST: the condition codes, with "true" and "false" in place of the parity flag's."""
+_PAIRS: Final = ("push2", "pop2")
+_EVEX_ONLY: Final = (*_PAIRS, "cmov", "cfcmov")
 SEG_TEXT: Final = ("es", "cs", "ss", "ds", "fs", "gs", "?", "?")
 _FIXED: Final = {"AL": (8, 0), "CL": (8, 1), "AX": (16, 0), "DX": (16, 2), "rAX": (0, 0), "eAX": (0, 0)}
 _WIDTH: Final = {"b": 8, "bs": 8, "w": 16, "d": 32, "q": 64}
@@ -82,6 +92,10 @@ class Insn:
 
     ``rep`` is 0, 0xF2 or 0xF3. ``rex`` says that a REX or REX2 prefix is there (byte registers), ``rex_w`` its W bit.
     ``seg`` is the segment of the memory operand after overrides, ``override`` the override itself or -1.
+
+    EVEX: ``vreg`` is the register in vvvv; ``dest`` the register that gets the result of operand 0, zero-extended, in
+    its stead (-1: operand 0 itself), ``ndd`` says that it is an operand of its own; ``nf`` that no flag is written.
+    ``scc`` and ``dfv`` are the source condition (-1: none) and the default OF, SF, ZF, CF of CCMP and CTEST.
     """
 
     row: Row
@@ -112,6 +126,13 @@ class Insn:
     zreg: int = 0
     operands: tuple[str, ...] = ()
     sizes: tuple[int, ...] = field(default=())
+    evex: bool = False
+    vreg: int = 0
+    dest: int = -1
+    ndd: bool = False
+    nf: bool = False
+    scc: int = -1
+    dfv: int = 0
 
     @property
     def length(self) -> int:
@@ -163,6 +184,8 @@ class Insn:
             return self.sizes[n], self.reg
         if kind == "Z":
             return self.sizes[n], self.zreg
+        if kind == "B":
+            return self.sizes[n], self.vreg
         if kind == "R" or (kind == "E" and self.mod == 3):
             return self.sizes[n], self.rm
         return None
@@ -189,6 +212,8 @@ class Insn:
 
     def write(self, n: int) -> Callable[[Cpu, int], None]:
         """A function that writes operand ``n``: register merge rules or memory."""
+        if n == 0 and self.dest >= 0:
+            return write_register(64, self.dest, True)
         place = self._location(n)
         if place is not None:
             return write_register(*place, self.rex)
@@ -199,8 +224,15 @@ class Insn:
         """Read operand ``n``, apply ``f``, write it back.
 
         A memory operand is checked for writing first: a read-modify-write faults as a write (SDM vol. 3A 4.7) and
-        before ``f`` has changed anything.
+        before ``f`` has changed anything. With a new data destination operand ``n`` is read only.
         """
+        if n == 0 and self.dest >= 0:
+            source, dest = self.read(0), self.dest
+
+            def update_new(cpu: Cpu) -> None:
+                cpu.gpr[dest] = f(cpu, source(cpu))
+
+            return update_new
         place = self._location(n)
         if place is not None:
             size, index = place
@@ -230,15 +262,34 @@ class Insn:
 
     def text(self, rip: int | None = None) -> str:
         """Intel-syntax disassembly; ``rip`` (of the instruction) resolves branch targets."""
+        operands = [self._operand_text(i, rip) for i in range(len(self.operands))]
+        if self.ndd:
+            operands.insert(0, register_name(self.sizes[0], self.dest))
+        return (self._prefix_text() + self._name() + " " + ",".join(operands)).rstrip()
+
+    def _name(self) -> str:
         name = self.row.mnemonic
         if "/" in name:  # one row, a name for each operand size: cbw/cwde/cdqe
             names = name.split("/")
-            name = names[{16: 0, 32: 1, 64: 2}[self.opsize]] if len(names) == 3 else names[0]
+            return names[{16: 0, 32: 1, 64: 2}[self.opsize]] if len(names) == 3 else names[0]
+        if self.scc >= 0:
+            default = ",".join(flag for n, flag in enumerate(("of", "sf", "zf", "cf")) if self.dfv << n & 8)
+            return f"{name}{SCC_NAMES[self.scc]} {{dfv={default}}}"
+        if self.evex and self.dest >= 0 and not self.ndd:
+            return name[:3] + "zu" + name[3:] if name.startswith("set") else name + "zu"
+        hint = self.rex_w and (self.rex2 and self.operands == ("Zv",) if name in ("push", "pop") else name in _PAIRS)
+        return name + "p" if hint else name  # the push-pop pair hint of APX
+
+    def _prefix_text(self) -> str:
         prefix = "lock " if self.lock else ""
         if self.rep and any(p[0] in "XY" for p in self.operands):
-            repeat_while = name[:4] in ("cmps", "scas")
+            repeat_while = self.row.mnemonic[:4] in ("cmps", "scas")
             prefix += ("repz " if repeat_while else "rep ") if self.rep == 0xF3 else "repnz "
-        return (prefix + name + " " + ",".join(self._operand_text(i, rip) for i in range(len(self.operands)))).rstrip()
+        if self.nf:
+            return "{nf} "
+        if self.evex and self.dest < 0 and self.scc < 0 and not self.row.mnemonic.startswith(_EVEX_ONLY):
+            return "{evex} "
+        return prefix
 
     def _operand_text(self, n: int, rip: int | None) -> str:
         pattern, size = self.operands[n], self.sizes[n]

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from harness.reference.alu import ALU_ROWS
+from harness.reference.apx import APX_ROWS
+from harness.reference.bmi import BMI_ROWS
 from harness.reference.data import DATA_ROWS
 from harness.reference.flow import FLOW_ROWS
 from harness.reference.insn import Row
 from harness.reference.shift import SHIFT_ROWS
 from harness.reference.system import SYSTEM_ROWS
+from harness.reference.xsave import XSAVE_ROWS
 
+REX2_ONLY, VEX, EVEX = 4, 0x10, 0x20
+"""Opcode maps in :class:`Entry`: 0-3 legacy; 4 what only REX2 has (JMPABS); VEX and EVEX maps on top of these bases."""
 _PREFIX_TEST: Final[dict[str, Callable[[bool, int], bool]]] = {
     "NP": lambda osz, rep: not rep and not osz,
     "NR": lambda osz, rep: not rep,
@@ -21,6 +26,8 @@ _PREFIX_TEST: Final[dict[str, Callable[[bool, int], bool]]] = {
     "F3": lambda osz, rep: rep == 0xF3,
 }
 """Mandatory prefix -> whether the operand-size and repeat prefixes that are there select the row."""
+_PP: Final = {"66": 1, "F3": 2, "F2": 3}
+"""Mandatory prefix -> VEX.pp (SDM vol. 2A 2.3.6)."""
 
 
 @dataclass(slots=True)
@@ -36,6 +43,9 @@ class Entry:
     ext: int = -1
     mod: str = ""
     exact: int = -1
+    pps: tuple[int, ...] = ()
+    nd: str = "0"
+    nf: str = "0"
 
     def selected(self, modrm: int, osz: bool, rep: int) -> bool:
         """Whether this entry is the one for the ModRM byte (-1: none there) and the prefixes; ModRM.mod aside."""
@@ -46,6 +56,19 @@ class Entry:
         if self.exact >= 0:
             return modrm == self.exact
         return self.ext < 0 or modrm >> 3 & 7 == self.ext
+
+    def extended(self, modrm: int, pp: int, nd: int, nf: int) -> bool:
+        """Whether this entry is the one for a VEX or EVEX prefix with these fields, and the ModRM byte."""
+        if pp not in self.pps or (self.ext >= 0 and modrm >> 3 & 7 != self.ext) or not self.operand_fits(modrm):
+            return False
+        if self.nd == "SCC":  # NF's bit is one of the condition's
+            return not nd
+        return self.nd in ("*", "ZU", str(nd)) and self.nf in ("*", str(nf))
+
+    @property
+    def uses_vvvv(self) -> bool:
+        """Whether the row itself has an operand in vvvv (a new data destination is not one)."""
+        return any(p[0] == "B" for p in self.operands)
 
     def operand_fits(self, modrm: int) -> bool:
         """Whether ModRM.rm is memory or a register as the entry demands."""
@@ -61,7 +84,9 @@ def parse(row: Row) -> Entry:
     entry = Entry(row, 0, (), operands, prefix)
     if words[0] == "REX2":
         words.pop(0)
-        entry.map = 4
+        entry.map = REX2_ONLY
+    elif words[0].startswith(("VEX", "EVEX")):
+        _parse_prefix(entry, words.pop(0))
     elif words[0] == "0F":
         words.pop(0)
         entry.map = 1
@@ -79,6 +104,27 @@ def parse(row: Row) -> Entry:
         if ext != "r":
             entry.ext = int(ext)
     return entry
+
+
+def _parse_prefix(entry: Entry, word: str) -> None:
+    space, *fields = word.split(".")
+    number = 4
+    for name in fields:
+        if name in _PP:
+            entry.prefix = name
+        elif name in ("M2", "M3"):
+            number = int(name[1])
+        elif name in ("NF", "NF1"):
+            entry.nf = name[2:] or "*"
+        elif name in ("ND", "ND1"):
+            entry.nd = name[2:] or "*"
+        elif name in ("ZU", "SCC"):
+            entry.nd = name
+        else:
+            raise ValueError(f"{entry.row.opcode}: {name!r} is no field of a VEX or EVEX prefix")
+    entry.map = (VEX if space == "VEX" else EVEX) + number
+    by_size = entry.row.size == "v" and any(p[1:] in ("v", "z") for p in entry.operands)
+    entry.pps = (_PP[entry.prefix],) if entry.prefix else (0, 1) if by_size else (0,)
 
 
 class Table:
@@ -103,5 +149,5 @@ class Table:
         return self._entries.get(id(row))
 
 
-ROWS: Final[list[Row]] = [*ALU_ROWS, *SHIFT_ROWS, *DATA_ROWS, *FLOW_ROWS, *SYSTEM_ROWS]
+ROWS: Final[list[Row]] = [*ALU_ROWS, *SHIFT_ROWS, *DATA_ROWS, *FLOW_ROWS, *SYSTEM_ROWS, *BMI_ROWS, *XSAVE_ROWS, *APX_ROWS]
 TABLE: Final = Table(ROWS)

@@ -1,0 +1,129 @@
+"""``kvm-harness lab ...``: the suite on a kernel under test, nested in an emulator."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from harness.lab.cache import area
+from harness.lab.configurations import CONFIGURATIONS, configuration
+from harness.lab.errors import LabInputError
+from harness.lab.planner import TIERS
+
+DEFAULT_SERIES: Final = "newest"
+Verb = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
+
+
+def add_verbs(verb: Verb) -> None:
+    """Add what comes after ``kvm-harness lab``; ``verb(name, function, text, example)`` makes one parser."""
+    verb("list", _list, "Configurations, kernels and what is built already.", "kvm-harness lab list")
+    build = verb("build", _build, "Build or fetch what a run needs, and stop there.", "kvm-harness lab build")
+    run = verb(
+        "run", _run, "The suite on a kernel under test, nested in an emulator.",
+        "kvm-harness lab run --config svm,svm-shadow --debian 6.12 --tier smoke",
+    )  # fmt: skip
+    shell = verb("shell", _shell, "A shell inside, on the console of the machine.", "kvm-harness lab shell")
+    for made in (build, run, shell):
+        _add_kernel(made)
+        made.add_argument(
+            "--config", default="svm", metavar="A,B", help=f"configurations: {', '.join(CONFIGURATIONS)}; or all"
+        )
+    run.add_argument("--tier", choices=TIERS, default="full", help="smoke: each access path once (default: full)")
+    run.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
+    run.add_argument("-k", metavar="EXPR", help="only Cases whose name matches, as in pytest: 'gpr and long'")
+    run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
+    run.add_argument("--machines", type=int, default=2, metavar="N", help="machines side by side (default: 2)")
+    run.add_argument("--write-profile", action="store_true", help="check in what this cell's KVM can do, then run")
+
+
+def _add_kernel(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--debian", default=None, metavar="SERIES", help="stock kernels: 6.1, 6.12, 7.3, newest (A,B)")
+    which.add_argument("--kernel", type=Path, metavar="BZIMAGE", help="a kernel of yours")
+    which.add_argument("--tree", type=Path, metavar="DIR", help="a kernel tree: built in a private worktree")
+    parser.add_argument("--modules", type=Path, metavar="DIR", help="its /lib/modules/RELEASE, with --kernel")
+    parser.add_argument("--variant", default="default", choices=("default", "debug"), help="with --tree")
+    parser.add_argument("--qemu", default="ours", metavar="ours|system|PATH", help="which emulator (default: ours)")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:  # noqa: F821
+    """The cells that the options name, everything they need built. LabError."""
+    from harness.lab.boot import outer_acceleration
+    from harness.lab.hardware import emulator
+    from harness.lab.image import base_image
+    from harness.lab.session import Cell
+
+    names = list(CONFIGURATIONS) if args.config == "all" else args.config.split(",")
+    chosen = [configuration(name) for name in names]
+    hardware = emulator(args.qemu, _say)
+    for config in chosen:
+        if config.needs - hardware.features:
+            raise LabInputError(f"{config.name}: {hardware.name} has no {', '.join(config.needs - hardware.features)}")
+    image = base_image(_say)
+    return [
+        Cell(config, kernel, hardware, image, outer_acceleration(config.extension))
+        for kernel in kernels(args)
+        for config in chosen
+    ]
+
+
+def kernels(args: argparse.Namespace) -> list[Kernel]:  # noqa: F821
+    """The kernels that the options name. LabError."""
+    from harness.lab.kernel import debian_kernel, kernel_from_file
+
+    if args.modules and not args.kernel:
+        raise LabInputError("--modules goes with --kernel BZIMAGE")
+    if args.kernel:
+        return [kernel_from_file(args.kernel, args.modules)]
+    if args.tree:
+        from harness.lab.kbuild import kernel_from_tree
+
+        return [kernel_from_tree(args.tree, variant=args.variant, progress=_say).kernel]
+    return [debian_kernel(series, _say) for series in (args.debian or DEFAULT_SERIES).split(",")]
+
+
+def _list(args: argparse.Namespace) -> int:
+    from harness.lab.kernel import STOCK
+    from harness.lab.profile import FOLDER
+
+    print("configurations:")
+    for config in CONFIGURATIONS.values():
+        known = sorted(p.stem.partition("@")[2] for p in FOLDER.glob(f"{config.name}@*.json"))
+        print(f"  {config.name:12s} {config.about}")
+        print(f"  {'':12s} {' '.join((config.cpu, *config.parameters))}; profiles: {', '.join(known) or 'none'}")
+    print("stock kernels (--debian):")
+    for series, (suite, *_) in STOCK.items():
+        print(f"  {series:12s} Debian {suite}")
+    print("in the cache:")
+    for kind in ("qemu", "image", "kernel", "initramfs", "plan"):
+        entries = [p for p in area(kind).iterdir() if p.is_dir() and not p.name.startswith(".")]
+        size = sum(f.stat().st_size for p in entries for f in p.rglob("*") if f.is_file())
+        print(f"  {kind:12s} {len(entries)} of {size / 1e6:,.0f} MB in {area(kind)}")
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    for cell in cells(args):
+        print(f"{cell.name}: {cell.emulator.binary}, {cell.kernel.image}, {cell.image.root}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from harness.cli import new_folder
+    from harness.lab.run import Options, run_cells
+
+    options = Options(args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile)
+    return run_cells(cells(args), args.out or new_folder(), options, _say, sys.stderr)
+
+
+def _shell(args: argparse.Namespace) -> int:
+    from harness.lab.shell import interactive
+
+    return interactive(cells(args)[0])

@@ -1,0 +1,52 @@
+"""The lab's configurations: what hardware the kernel under test sees, and what its KVM is asked for. One table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from harness.lab.errors import LabInputError
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A way to run a kernel. ``parameters`` are KVM's, as words of the kernel command line.
+
+    ``forced``: Cases go through KVM's emulator, instruction by instruction. ``needs``: features that the emulator must
+    have beyond a stock one. ``edits``: kernel edits without which the configuration does not exist; a kernel of our
+    own, then.
+    """
+
+    name: str
+    about: str
+    cpu: str
+    parameters: tuple[str, ...] = ()
+    extension: str = "svm"
+    forced: bool = False
+    needs: frozenset[str] = frozenset()
+    edits: tuple[str, ...] = ()
+
+
+_SVM: Final = "max,+svm"
+
+CONFIGURATIONS: Final = {
+    c.name: c
+    for c in (
+        Configuration("svm", "kvm_amd with nested paging: guests run natively", _SVM, ("kvm_amd.npt=1",)),
+        Configuration(
+            "svm-shadow", "kvm_amd with shadow paging: page faults, CR3 and CR4 writes exit", _SVM, ("kvm_amd.npt=0",)
+        ),
+        Configuration(
+            "svm-emul", "kvm_amd, every instruction forced through KVM's emulator", _SVM,
+            ("kvm_amd.npt=1", "kvm.force_emulation_prefix=1"), forced=True,
+        ),
+    )
+}  # fmt: skip
+
+
+def configuration(name: str) -> Configuration:
+    """The configuration of that name. LabInputError lists those there are."""
+    try:
+        return CONFIGURATIONS[name]
+    except KeyError:
+        raise LabInputError(f"no configuration {name!r}: use {', '.join(CONFIGURATIONS)}") from None

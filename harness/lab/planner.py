@@ -1,0 +1,78 @@
+"""Which Cases a cell runs, and the plan for them: made once, found again by what it was made from."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+from harness.case import Case, profile_digest
+from harness.guest import GUESTS_DIR
+from harness.lab.cache import Progress, cached, digest, digest_tree
+from harness.lab.configurations import Configuration
+from harness.lab.errors import LabInputError
+from harness.lab.plan import Plan, read_plan, write_plan
+from harness.lab.profile import Profile
+
+TIERS: Final = ("smoke", "full")
+_HARNESS: Final = Path(__file__).resolve().parent.parent
+_DATA: Final = ("case.py", "state.py", "modes.py", "cpuid.py", "exits.py", "machine.py")
+_MODEL: Final = ("reference/*.py", "paths/*.py", *_DATA)
+
+
+def cell_plan(configuration: Configuration, profile: Profile, tier: str, progress: Progress) -> Plan:
+    """The plan of a cell: every Case of the tier that its KVM can run, with what the model expects.
+
+    The key holds the guests, the model's sources, the guest CPUID and what the profile says of the KVM's abilities.
+    """
+    if tier not in TIERS:
+        raise LabInputError(f"no tier {tier!r}: use {' or '.join(TIERS)}")
+    key = digest(
+        digest_tree(_HARNESS, (p for pattern in _MODEL for p in _HARNESS.glob(pattern))),
+        digest_tree(_HARNESS, [_HARNESS / "lab" / "plan.py", _HARNESS / "lab" / "planner.py"]),
+        digest_tree(GUESTS_DIR, (p for p in GUESTS_DIR.iterdir() if p.is_file())),
+        profile_digest(profile.cpuid), repr(sorted(profile.features)), str(configuration.forced), tier,
+        repr([sorted(d.items()) for d in (profile.modes, profile.traits, profile.delivery)]),
+    )  # fmt: skip
+
+    def make(folder: Path) -> None:
+        progress(f"planning: the model runs every Case of tier {tier} for {configuration.name}")
+        cases, skipped = [], []
+        for case in _cases(configuration, profile, tier):
+            if reason := profile.unsupported(case):
+                skipped.append((case.name, case.id, reason))
+            else:
+                cases.append(case)
+        write_plan(folder / "plan", key, cases, skipped)
+
+    return read_plan(cached("plan", key, make) / "plan")
+
+
+def _cases(configuration: Configuration, profile: Profile, tier: str) -> Iterable[Case]:
+    from harness.paths import all_cases, forced_cases
+
+    found = forced_cases(profile.cpuid) if configuration.forced else all_cases(profile.cpuid)
+    return found if tier == "full" else smoke(found)
+
+
+def smoke(cases: Iterable[Case]) -> list[Case]:
+    """One Case of each entry, in a mode that the entry's name chooses: every access path, every mode, in seconds."""
+    entries: dict[str, list[Case]] = {}
+    for case in cases:
+        if not any(need == "apx" for need in case.requires) or "apx" in case.profile.features:
+            entries.setdefault(case.name.partition("@")[0], []).append(case)
+    return [found[zlib.crc32(name.encode()) % len(found)] for name, found in entries.items()]
+
+
+def matcher(expression: str) -> Callable[[str], bool]:
+    """What ``-k`` selects, as in pytest; a Case's name (with its ``@`` or ``#``) selects itself. LabInputError."""
+    from _pytest.mark.expression import Expression, ParseError
+
+    if any(c in expression for c in "@#/"):
+        return lambda name: expression in name
+    try:
+        compiled = Expression.compile(expression)
+    except (ParseError, SyntaxError) as error:
+        raise LabInputError(f"-k {expression!r}: {error}; write it as in pytest: 'gpr and not real'") from error
+    return lambda name: compiled.evaluate(lambda word, **_: word.lower() in name.lower())

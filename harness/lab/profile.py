@@ -1,0 +1,153 @@
+"""What a lab cell (configuration x kernel series) is expected to be able to do: checked in, not probed.
+
+In the lab the hardware is ours. What a profile has and a probe of the running kernel does not show is *regressed*.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from harness.case import Case
+from harness.cpuid import CpuidEntry, CpuProfile
+from harness.host import delivered_vector, faulting_code, instruction_name, missing
+from harness.judge import Read
+from harness.lab.errors import LabError
+from harness.lockstep import Difference
+
+FOLDER: Final = Path(__file__).resolve().parent.parent.parent / "ci" / "qemu" / "profiles"
+FORMAT: Final = 1
+_UD: Final = 6
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A KVM as probed (``Host.to_json`` with its CPUID) or as checked in.
+
+    ``lacks`` are instructions that its emulator is known not to have, as ``0f c7 in long``.
+    """
+
+    cell: str
+    module: str
+    vendor: str
+    parameters: Mapping[str, str]
+    capabilities: Mapping[str, int]
+    modes: Mapping[str, str]
+    delivery: Mapping[str, str]
+    traits: Mapping[str, str]
+    single_step: Mapping[str, bool]
+    cpuid: CpuProfile
+    lacks: frozenset[str] = frozenset()
+
+    @cached_property
+    def features(self) -> frozenset[str]:
+        """Named CPU features of the guest CPUID; ``fep`` where KVM emulates on demand."""
+        forced = self.parameters.get("kvm.force_emulation_prefix", "0") not in ("0", "N")
+        return self.cpuid.features | ({"fep"} if forced else frozenset())
+
+    def unsupported(self, case: Case) -> str:
+        """Why this cell cannot run ``case`` at all, or an empty string."""
+        return missing(case, self)
+
+    def excuse(self, case: Case, difference: Difference, read: Read) -> str:
+        """The instruction that this cell's emulator is known to lack, or an empty string."""
+        got = difference.got
+        if got is None or not self.lacks:
+            return ""
+        code = getattr(got.exit, "code", b"")
+        if not code and delivered_vector(got) == _UD:
+            code = faulting_code(case, got, read)
+        mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
+        what = f"{instruction_name(code)} in {mode}" if code else ""
+        return f"this KVM's emulator lacks {what}" if what in self.lacks else ""
+
+    def lost(self, now: Profile) -> list[str]:
+        """What this profile has and ``now`` has not, a line each: regressions."""
+        out = [f"capability {name}" for name in self.capabilities if name not in now.capabilities]
+        out += [f"CPU feature {name} in the guest CPUID" for name in sorted(self.features - now.features)]
+        for what, mine, its in (
+            ("mode", self.modes, now.modes), ("trait", self.traits, now.traits),
+            ("exception delivery in", self.delivery, now.delivery),
+        ):  # fmt: skip
+            worse = {name: its.get(name, "gone") for name, bad in mine.items() if not bad}
+            out += [f"{what} {name}: {seen}" for name, seen in worse.items() if seen]
+        out += [f"single step in {m}" for m, works in self.single_step.items() if works and not now.single_step.get(m)]
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "profile": FORMAT, "cell": self.cell, "module": self.module, "vendor": self.vendor,
+            "parameters": dict(self.parameters), "features": sorted(self.features),
+            "capabilities": dict(sorted(self.capabilities.items())), "modes": dict(self.modes),
+            "delivery": dict(self.delivery), "traits": dict(self.traits), "single_step": dict(self.single_step),
+            "lacks": sorted(self.lacks), "cpuid": cpuid_rows(self.cpuid),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Profile:
+        """The inverse of :meth:`to_json`. KeyError, TypeError or ValueError when it is none."""
+        if body["profile"] != FORMAT:
+            raise ValueError(f"a profile of format {body['profile']}")
+        keys = ("cell", "module", "vendor", "parameters", "capabilities", "modes", "delivery", "traits", "single_step")
+        return cls(
+            **{key: body[key] for key in keys}, cpuid=cpuid_from_rows(body["cpuid"]), lacks=frozenset(body["lacks"])
+        )
+
+    @classmethod
+    def probed(cls, cell: str, hello: Mapping[str, Any], probe: Mapping[str, Any]) -> Profile:
+        """What the runner inside found: its greeting and the answer to ``probe``."""
+        return cls(
+            cell, str(hello["module"]), probe["vendor"], hello["parameters"], probe["capabilities"], probe["modes"],
+            probe["exception_delivery"], probe["traits"], probe["single_step"], cpuid_from_rows(hello["cpuid"]),
+        )  # fmt: skip
+
+
+def cpuid_rows(profile: CpuProfile) -> list[list[int]]:
+    """A CPUID profile as rows of numbers."""
+    return [[e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] for e in profile.cpuid]
+
+
+def cpuid_from_rows(rows: list[list[int]]) -> CpuProfile:
+    """The inverse of :func:`cpuid_rows`."""
+    return CpuProfile(tuple(CpuidEntry(*row) for row in rows))
+
+
+def profile_path(configuration: str, series: str) -> Path:
+    """Where the profile of a cell is checked in."""
+    return FOLDER / f"{configuration}@{series}.json"
+
+
+def load_profile(configuration: str, series: str) -> Profile | None:
+    """The checked-in profile of a cell; for an unknown series that of the newest older one; None without any."""
+    path = profile_path(configuration, series)
+    if not path.is_file():
+        known = {p.stem.partition("@")[2]: p for p in FOLDER.glob(f"{configuration}@*.json")}
+        older = [s for s in known if _version(s) <= _version(series)]
+        if not older:
+            return None
+        path = known[max(older, key=_version)]
+    try:
+        return Profile.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(f"{path}: no usable profile ({error}): make it anew with `lab run --write-profile`") from error
+
+
+def _version(series: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", series)[:2])
+
+
+def write_profile(configuration: str, series: str, profile: Profile) -> Path:
+    """Check in what a cell showed. Who does so has looked at the differences."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = profile_path(configuration, series)
+    body = profile.to_json()
+    rows = body.pop("cpuid")
+    text = json.dumps(body, indent=1)[:-2] + ',\n "cpuid": [\n  '
+    path.write_text(text + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]\n}\n")
+    return path

@@ -1,0 +1,233 @@
+"""``kvm-harness lab run``: cells one after the other, a journal and verdicts for each, one table at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from harness.journal import Journal
+from harness.judge import Result
+from harness.known import load_known
+from harness.lab.cache import Progress
+from harness.lab.errors import LabError, LabInputError
+from harness.lab.planner import cell_plan, matcher
+from harness.lab.profile import Profile, load_profile, write_profile
+from harness.lab.session import Cell, CellRun
+from harness.report.failure import failure_text
+from harness.report.text import summary_lines
+from harness.verdict import Verdict, exit_status
+
+CASES_FOLDER: Final = "cases"
+_SHOWN: Final = 5  # failures told in full on the terminal; all are in the journal
+
+
+@dataclass
+class CellOutcome:
+    """What a cell came to. ``problem`` is why it did not end, "" when it did."""
+
+    cell: str
+    folder: Path
+    records: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    first_result: float = 0.0
+    rate: float = 0.0
+    problem: str = ""
+
+    @property
+    def status(self) -> int:
+        """The exit status of this cell alone."""
+        verdicts = [Verdict(r["verdict"]) for r in self.records]
+        return exit_status([*verdicts, Verdict.LOST] if self.problem else verdicts)
+
+    def row(self) -> list[str]:
+        """For the table of cells."""
+        count = Counter(r["verdict"] for r in self.records)
+        checks = sum(r["checks"] for r in self.records)
+        bad = sum(count[v.value] for v in Verdict if v.status == 1)
+        told = ", ".join(f"{count[v.value]} {v.value}" for v in Verdict if count[v.value] and v is not Verdict.AGREE)
+        ending = "lost" if self.problem else "bad" if bad else "good" if self.status == 0 else "nothing ran"
+        return [self.cell, ending, f"{len(self.records)}", f"{checks}", told or "-", f"{self.seconds:.1f} s"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How cells are run."""
+
+    tier: str = "full"
+    select: str | None = None
+    fail_fast: bool = False
+    machines: int = 2
+    write_profile: bool = False
+
+
+def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, status: TextIO) -> CellOutcome:
+    """Run one cell; results are in ``folder`` as they come. LabError and JournalError pass through."""
+    outcome = CellOutcome(cell.name, folder)
+    began = time.monotonic()
+    profile = load_profile(cell.configuration.name, cell.kernel.series)
+    if profile is None or options.write_profile:
+        progress(f"{cell.name}: asking this kernel's KVM what it can do")
+        profile = CellRun(cell, None, None, folder / "probe", lambda *_: None, progress=progress).probe()
+        if options.write_profile:
+            path = write_profile(cell.configuration.name, cell.kernel.series, profile)
+            progress(f"{cell.name}: profile written to {path}")
+    plan = cell_plan(cell.configuration, profile, options.tier, progress)
+    chosen = [n for n, name in enumerate(plan.names) if options.select is None or matcher(options.select)(name)]
+    skipped = [s for s in plan.skipped if options.select is None or matcher(options.select)(s[0])]
+    if not chosen and not skipped:
+        raise LabInputError(f"no Case matches -k {options.select!r}; names look like gpr/mov_r32_rcx@long#0")
+    header = {
+        "host": f"Linux {cell.kernel.release} in {cell.emulator.name} ({cell.accel})", "device": "lab",
+        "cell": cell.name, "configuration": cell.configuration.name, "kernel": cell.kernel.label,
+        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key,
+    }  # fmt: skip
+    journal = Journal(folder, header)
+    line = StatusLine(cell.name, status)
+    shown = 0
+
+    def take(result: Result, allowed: int) -> None:
+        nonlocal shown
+        record = {**result.to_json(), **({"allowed": allowed} if allowed else {})}
+        outcome.records.append(record)
+        journal.append(record)
+        if result.verdict.status == 1:
+            case, _ = plan.planned(plan.names.index(result.name))
+            kept = folder / CASES_FOLDER / f"{case.id}.json"
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(json.dumps(case.to_json()))
+            if (shown := shown + 1) <= _SHOWN:
+                line.clear()
+                text = result.summary
+                if result.difference is not None:
+                    text = failure_text(case, result.difference, header["host"])
+                progress(f"{result.verdict.value}: {result.name}\n{text}\n  case file: {kept}")
+        line.update(run)
+
+    run = CellRun(
+        cell, plan, profile, folder, take, known=load_known(), machines=options.machines,
+        fail_fast=options.fail_fast, progress=line.say(progress),
+    )  # fmt: skip
+    try:
+        for name, id_, reason in skipped:
+            take(Result(name, id_, Verdict.UNSUPPORTED, 0, reason), 0)
+        if chosen:
+            run.run(chosen)
+        for text in regressions(profile, run):
+            take_profile(outcome, journal, text)
+        if not run.tally.total or run.tally.done >= run.tally.total or options.fail_fast:
+            journal.append({"finished": True})
+    except LabError as error:
+        outcome.problem = str(error)
+        journal.append({"lost": str(error)})
+    finally:
+        line.clear()
+        journal.close()
+        outcome.seconds = time.monotonic() - began
+        outcome.first_result, outcome.rate = run.tally.first_result, run.tally.rate
+    return outcome
+
+
+def regressions(profile: Profile, run: CellRun) -> list[str]:
+    """What the checked-in profile has and the running KVM did not show."""
+    return profile.lost(run.probed) if run.probed is not None else []
+
+
+def take_profile(outcome: CellOutcome, journal: Journal, text: str) -> None:
+    """A regression of the profile, as a record like any Case's."""
+    result = Result(f"profile/{text.partition(':')[0].replace(' ', '-')}", "", Verdict.REGRESSED, 1, f"gone: {text}")
+    record = dict(result.to_json())
+    outcome.records.append(record)
+    journal.append(record)
+
+
+class StatusLine:
+    """One line that says how far a cell is: kept up to date on a terminal, now and then elsewhere."""
+
+    def __init__(self, cell: str, stream: TextIO = sys.stderr) -> None:
+        self._cell, self._stream = cell, stream
+        self._tty = stream.isatty()
+        self._last = time.monotonic()
+        self._shown = False
+
+    def update(self, run: CellRun) -> None:
+        """Called at every result."""
+        now = time.monotonic()
+        if now - self._last < (0.2 if self._tty else 10.0):
+            return
+        self._last = now
+        tally = run.tally
+        text = (
+            f"{self._cell}: {tally.done}/{tally.total} cases, {tally.rate:,.0f} checks/s, "
+            f"{tally.bad} bad, {now - tally.began:.0f} s"
+        )
+        self._stream.write(f"\r\x1b[K{text}" if self._tty else f"{text}\n")
+        self._stream.flush()
+        self._shown = self._tty
+
+    def clear(self) -> None:
+        """Make room for something else."""
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._shown = False
+
+    def say(self, progress: Progress) -> Progress:
+        """``progress`` on a line of its own."""
+
+        def said(text: str) -> None:
+            self.clear()
+            progress(text)
+
+        return said
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns."""
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def cells_table(outcomes: Sequence[CellOutcome]) -> list[str]:
+    """All cells of a run, a line each."""
+    return table([["cell", "verdict", "cases", "checks", "what else", "time"], *(o.row() for o in outcomes)])
+
+
+def cell_lines(outcome: CellOutcome) -> list[str]:
+    """What one cell came to, for people."""
+    lines = summary_lines(outcome.records)
+    lines.append(
+        f"  first result after {outcome.first_result:.1f} s, {outcome.rate:,.0f} checks/s, {outcome.seconds:.1f} s in all"
+    )
+    if outcome.problem:
+        lines.append(f"lost: {outcome.problem}")
+    return lines
+
+
+Say = Callable[[str], None]
+
+
+def run_cells(cells: Sequence[Cell], out: Path, options: Options, say: Say, status: TextIO) -> int:
+    """Run cells one after the other; the exit status of them all."""
+    outcomes = []
+    for cell in cells:
+        name = f"{cell.configuration.name}-{cell.kernel.series}"
+        folder = out if len(cells) == 1 else out / name
+        say(f"{cell.name}: {cell.kernel.label}, {cell.emulator.name}, {cell.accel}")
+        outcome = run_cell(cell, folder, options, say, status)
+        outcomes.append(outcome)
+        for line in cell_lines(outcome):
+            say(line)
+        if options.fail_fast and outcome.status:
+            break
+    if len(outcomes) > 1:
+        for line in cells_table(outcomes):
+            say(line)
+    say(f"results: {out}")
+    verdicts = [Verdict(r["verdict"]) for o in outcomes for r in o.records]
+    return exit_status([*verdicts, *([Verdict.LOST] if any(o.problem for o in outcomes) else [])])

@@ -1,0 +1,463 @@
+"""A cell of the lab: one kernel in one configuration, booted as often as it takes, its Cases judged as they arrive."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import marshal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import harness
+from harness.case import Case, Observation, Pages
+from harness.judge import Judge, Result
+from harness.known import KnownDivergence
+from harness.lab import wire
+from harness.lab.boot import CONSOLE_LOG, Boot, BootSpec, How
+from harness.lab.cache import Progress, quiet
+from harness.lab.configurations import Configuration
+from harness.lab.errors import LabError, LostError
+from harness.lab.hardware import Emulator
+from harness.lab.image import Image, payload
+from harness.lab.kernel import COMMAND_LINE, Kernel
+from harness.lab.plan import Plan
+from harness.lab.profile import Profile
+from harness.lab.splat import find_splats
+from harness.runner import Finding
+from harness.verdict import Verdict
+
+GREETING_LIMIT: Final = 180.0
+"""Seconds from the start of the emulator until the runner inside speaks: silence for longer is infrastructure."""
+SILENCE_LIMIT: Final = 90.0
+"""Seconds without a finished Case once the suite has begun: then the kernel hangs."""
+BOOTS: Final = 8
+"""Machines that one cell may lose before it is given up."""
+_AHEAD: Final = 2  # jobs that a runner has in hand, so that it never waits for the next
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kernel in one configuration on one emulator."""
+
+    configuration: Configuration
+    kernel: Kernel
+    emulator: Emulator
+    image: Image
+    accel: str = "tcg"
+
+    @property
+    def name(self) -> str:
+        """For people: ``svm × 7.3.4+deb13-cloud-amd64``."""
+        return f"{self.configuration.name} × {self.kernel.release}"
+
+    def spec(self, disks: Sequence[Path]) -> BootSpec:
+        """The machine to start; ``disks`` come after the root image."""
+        return BootSpec(
+            emulator=self.emulator, kernel=self.kernel.image, initramfs=self.kernel.initramfs,
+            append=(*COMMAND_LINE, *self.configuration.parameters), disks=(self.image.root, *disks),
+            cpu=self.configuration.cpu, channels=(wire.CHANNEL,), accel=self.accel,
+        )  # fmt: skip
+
+
+def runner_payload(progress: Progress = quiet) -> Path:
+    """The payload with the runner: the modules it imports, compiled where this Python is the image's, and ``start``."""
+    files: dict[str, Path | bytes] = {"start": _START}
+    root = Path(harness.__file__).resolve().parent
+    for name in sorted(_closure("harness.lab.agent")):
+        path = root.joinpath(*name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        inside = path.relative_to(root.parent)
+        files[str(inside)] = path
+        if sys.implementation.cache_tag == "cpython-311":  # bookworm's, and so the image's
+            code = compile(path.read_bytes(), f"/payload/{inside}", "exec", dont_inherit=True)
+            unchecked = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
+            files[f"{inside.parent}/__pycache__/{path.stem}.cpython-311.pyc"] = unchecked + marshal.dumps(code)
+    return payload(files, progress)
+
+
+_START: Final = b"""#!/bin/sh
+PYTHONPATH=/payload exec /usr/bin/python3 -S -s -B -m harness.lab.agent
+"""
+
+
+def _closure(start: str) -> set[str]:
+    """The modules of the harness that ``start`` imports, and their packages."""
+    root = Path(harness.__file__).resolve().parent
+    found: set[str] = set()
+    todo = [start]
+    while todo:
+        name = todo.pop()
+        path = root.joinpath(*name.split(".")[1:])
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in found or not source.is_file():
+            continue
+        found.add(name)
+        todo.append(name.rpartition(".")[0] or name)
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Import):
+                todo += [a.name for a in node.names if a.name.startswith("harness")]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harness"):
+                module = str(node.module)
+                if module.startswith(("harness.reference", "harness.paths")):
+                    continue  # the planner's, imported where it runs
+                todo += [module, *(f"{module}.{a.name}" for a in node.names)]
+    return found
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """Cases of one group of the plan, by index, still to be run in this order."""
+
+    group: int
+    indices: deque[int]
+
+
+def jobs(plan: Plan, chosen: Iterable[int]) -> deque[Job]:
+    """The chosen Cases, by group."""
+    wanted = set(chosen)
+    out: deque[Job] = deque()
+    for number, group in enumerate(plan.groups):
+        indices = [i for i in range(group.first, group.first + group.count) if i in wanted]
+        if indices:
+            out.append(Job(number, deque(indices)))
+    return out
+
+
+@dataclass
+class Tally:
+    """What a cell came to so far."""
+
+    total: int = 0
+    done: int = 0
+    checks: int = 0
+    bad: int = 0
+    began: float = field(default_factory=time.monotonic)
+    first_result: float = 0.0  # seconds from ``began``
+    boots: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Checks per second since the first result."""
+        span = time.monotonic() - self.began - self.first_result
+        return self.checks / span if self.first_result and span > 0 else 0.0
+
+
+class CellRun:
+    """Runs the Cases of a plan on a cell, on ``machines`` boots side by side. Results go to ``take`` as they arrive.
+
+    Each boot leaves its console in a folder of its own under ``folder``. Not to be used twice.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        plan: Plan | None,
+        profile: Profile | None,
+        folder: Path,
+        take: Callable[[Result, int], None],
+        *,
+        known: Sequence[KnownDivergence] = (),
+        machines: int = 2,
+        fail_fast: bool = False,
+        arbiter: Callable[[Case, Result], Result] | None = None,
+        progress: Progress = quiet,
+    ) -> None:
+        self.cell, self.plan, self.profile, self.folder = cell, plan, profile, folder
+        self._take, self._machines, self._fail_fast, self._progress = take, machines, fail_fast, progress
+        self._judge = Judge(profile, known) if profile is not None else None
+        self._arbiter = arbiter
+        self._lock = threading.Lock()
+        self._jobs: deque[Job] = deque()
+        self._retried: set[int] = set()
+        self.tally = Tally()
+        self.probed: Profile | None = None
+        self.hello: Mapping[str, Any] = {}
+        self._probe_wanted = True
+        self._stop = False
+        self._problem: BaseException | None = None
+
+    # --- from outside ---
+
+    def probe(self) -> Profile:
+        """Boot once and ask the KVM what it can do. LostError when nothing comes of it."""
+        self._serve(0)
+        if self.probed is None:
+            raise LostError(f"{self.cell.name}: the runner did not answer; console: {self.folder}")
+        return self.probed
+
+    def run(self, chosen: Iterable[int]) -> None:
+        """Run the chosen Cases of the plan. LabError when the cell could not be run to its end; what came is taken."""
+        assert self.plan is not None
+        self._jobs = jobs(self.plan, chosen)
+        self.tally.total = sum(len(j.indices) for j in self._jobs)
+        count = max(1, min(self._machines, len(self._jobs)))
+        threads = [threading.Thread(target=self._worker, args=(n,), daemon=True) for n in range(count)]
+        for thread in threads:
+            thread.start()
+        try:
+            while any(t.is_alive() for t in threads):
+                for thread in threads:
+                    thread.join(0.2)
+        except BaseException:
+            self._stop = True
+            for thread in threads:
+                thread.join()
+            raise
+        if self._problem is not None:
+            raise self._problem
+
+    # --- a machine and its thread ---
+
+    def _worker(self, number: int) -> None:
+        try:
+            while self._jobs and not self._stop:
+                self._serve(number)
+        except BaseException as error:  # the other machine goes on with what is left
+            with self._lock:
+                self._problem = self._problem or error
+
+    def _serve(self, number: int) -> None:
+        """One boot: hand out jobs until there are none, or the machine is lost."""
+        with self._lock:
+            self.tally.boots += 1
+            boot_number = self.tally.boots
+        if boot_number > BOOTS:
+            raise LostError(f"{self.cell.name}: {BOOTS} machines were lost; given up. Consoles: {self.folder}")
+        disks = [runner_payload(self._progress)]
+        if self.plan is not None:
+            disks.append(self.plan.path)
+        folder = self.folder / f"boot-{boot_number}"
+        machine = _Machine(self, folder)
+        with Boot(self.cell.spec(disks), folder, self._progress) as boot:
+            try:
+                machine.talk(boot)
+            except (LostError, TimeoutError) as error:
+                machine.lost(boot, error)
+            finally:
+                self._give_back(machine)
+
+    def _give_back(self, machine: _Machine) -> None:
+        with self._lock:
+            for job in reversed(machine.hand):
+                if job.indices:
+                    self._jobs.appendleft(job)
+            machine.hand.clear()
+
+    def next_job(self) -> Job | None:
+        """A job for a machine."""
+        with self._lock:
+            return self._jobs.popleft() if self._jobs and not self._stop else None
+
+    # --- what machines report ---
+
+    def greeted(self, hello: Mapping[str, Any]) -> bool:
+        """Take a greeting; True for the first machine, which is to be probed."""
+        with self._lock:
+            self.hello = self.hello or hello
+            first, self._probe_wanted = self._probe_wanted, False
+        return first
+
+    def agreed(self, index: int, checks: int, allowed: int, seconds: float) -> None:
+        """Case ``index`` showed what the model expects."""
+        self._judged(index, Finding(checks, None, "", "", allowed, seconds))
+
+    def _judged(self, index: int, finding: Finding) -> None:
+        assert self.plan is not None
+        assert self._judge is not None
+        rows = self._judge.covered(self.plan.names[index])
+        if finding.clean and not rows:
+            name, id_ = self.plan.names[index], self.plan.ids[index]
+            self.result(Result(name, id_, Verdict.AGREE, finding.checks, "", finding.seconds), finding.allowed)
+            return
+        with self._lock:  # one reader of the plan
+            case, _ = self.plan.planned(index)
+        result = self._judge.judge(case, finding, _reader(case, finding))
+        if result.verdict is Verdict.MISMATCH and self._arbiter is not None:
+            result = self._arbiter(case, result)
+        self.result(result, finding.allowed)
+
+    def differed(self, index: int, body: Mapping[str, Any]) -> None:
+        """Case ``index`` came to a Finding that is not clean."""
+        self._judged(index, wire.finding_from_json(dict(body)))
+
+    def splat(self, index: int, title: str) -> None:
+        """The kernel's log spoke up while Case ``index`` ran, or its kernel died of it."""
+        assert self.plan is not None
+        name, id_ = self.plan.names[index], self.plan.ids[index]
+        self.result(Result(name, id_, Verdict.SPLAT, 0, title), 0)
+
+    def lost(self, index: int, text: str) -> bool:
+        """The machine was lost while Case ``index`` ran; True when it is to be tried once more."""
+        assert self.plan is not None
+        with self._lock:
+            again = index not in self._retried
+            self._retried.add(index)
+        if not again:
+            self.result(Result(self.plan.names[index], self.plan.ids[index], Verdict.LOST, 0, text), 0)
+        return again
+
+    def result(self, result: Result, allowed: int) -> None:
+        """Hand a result on."""
+        with self._lock:
+            tally = self.tally
+            if not tally.first_result:
+                tally.first_result = time.monotonic() - tally.began
+            tally.done += 1
+            tally.checks += result.checks
+            if result.verdict.status == 1:
+                tally.bad += 1
+                self._stop = self._stop or self._fail_fast
+            self._take(result, allowed)
+
+
+class _Machine:
+    """One boot's conversation. ``hand`` are the jobs it was given, the running Case first."""
+
+    def __init__(self, run: CellRun, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        self.hand: deque[Job] = deque()
+        self.begun = False  # the suite has: from here on silence and death are the kernel's
+        self.boot_log = 0  # bytes of console from before that
+
+    def talk(self, boot: Boot) -> None:
+        """Serve until the machine has powered off."""
+        run = self.run
+        ended = False
+        for line in self._lines(boot):
+            word, _, rest = line.decode(errors="replace").partition(" ")
+            match word:
+                case "hello":
+                    hello = json.loads(rest)
+                    if run.plan is None or run.greeted(hello):
+                        run.hello = hello
+                        boot.send(wire.CHANNEL, b'{"probe": true}\n')
+                    for _ in range(_AHEAD):
+                        self._order(boot)
+                    self.begun = bool(self.hand)
+                    self.boot_log = (self.folder / CONSOLE_LOG).stat().st_size
+                case "probed":
+                    run.probed = Profile.probed(run.cell.configuration.name, run.hello, json.loads(rest))
+                    if run.plan is None:
+                        boot.send(wire.CHANNEL, b'{"end": true}\n')
+                case "+":
+                    index, checks, allowed, seconds = rest.split()
+                    self._finished(int(index))
+                    run.agreed(int(index), int(checks), int(allowed), float(seconds))
+                case "-":
+                    text, _, body = rest.partition(" ")
+                    self._finished(int(text))
+                    run.differed(int(text), json.loads(body))
+                case "splat":
+                    text, _, body = rest.partition(" ")
+                    if found := find_splats(json.loads(body)):
+                        run.splat(int(text), found[0].title)
+                case "done":
+                    self._order(boot)
+                case "no-kvm":
+                    raise LabError(f"{run.cell.name}: {rest}; console: {self.folder / CONSOLE_LOG}")
+                case "fault":
+                    raise LabError(f"{run.cell.name}: the runner failed:\n{json.loads(rest)}")
+                case _:
+                    raise LabError(f"{run.cell.name}: the runner said {line[:80]!r}; console: {self.folder}")
+            if run.plan is not None and not self.hand and not ended:
+                ended = True
+                boot.send(wire.CHANNEL, b'{"end": true}\n')
+        self._after(boot)
+
+    def _lines(self, boot: Boot) -> Iterable[bytes]:
+        waited = 0.0
+        limit = GREETING_LIMIT
+        while True:
+            try:
+                for line in boot.lines(wire.CHANNEL, 1.0):
+                    waited, limit = 0.0, SILENCE_LIMIT
+                    yield line
+                    if self.run._stop:
+                        boot.kill()
+                        return
+                return
+            except TimeoutError:
+                waited += 1.0
+                if self.run._stop:
+                    boot.kill()
+                    return
+                if waited >= limit:
+                    raise
+
+    def _order(self, boot: Boot) -> None:
+        job = self.run.next_job()
+        if job is not None:
+            self.hand.append(job)
+            boot.send(wire.CHANNEL, json.dumps({"job": job.group, "only": list(job.indices)}).encode() + b"\n")
+
+    def _finished(self, index: int) -> None:
+        job = self.hand[0]
+        if not job.indices or job.indices[0] != index:
+            raise LabError(f"{self.run.cell.name}: Case {index} came out of turn; console: {self.folder}")
+        job.indices.popleft()
+        if not job.indices:
+            self.hand.popleft()
+
+    def _running(self) -> int | None:
+        return self.hand[0].indices[0] if self.hand and self.hand[0].indices else None
+
+    def _after(self, boot: Boot) -> None:
+        """The channel ended: as it should have, or in the middle."""
+        if self.run._stop:
+            return
+        served = self.run.probed is not None if self.run.plan is None else self.begun and self._running() is None
+        ending = boot.wait(10.0 if served else 30.0)
+        if served:
+            if ending is None or ending.how is not How.POWERED_OFF:
+                self.run._progress(f"{self.run.cell.name}: the machine did not switch itself off: {ending or 'killed'}")
+            return
+        raise LostError(str(ending or "the runner closed its channel"))
+
+    def lost(self, boot: Boot, error: Exception) -> None:
+        """Blame: the kernel when its log says so or it fell silent in the suite, else our infrastructure."""
+        run = self.run
+        hung = isinstance(error, TimeoutError)
+        if boot.ending is None:
+            boot.kill()
+        console = self.folder / CONSOLE_LOG
+        log = console.read_bytes()[self.boot_log :].decode(errors="replace") if console.exists() else ""
+        splats = find_splats(log)
+        index = self._running()
+        if not self.begun or index is None:
+            title = f": {splats[0].title}" if splats else ""
+            raise LostError(f"{run.cell.name}: {error or 'silence'} before the suite began{title}; console: {console}")
+        if splats or hung:
+            title = splats[0].title if splats else f"the kernel fell silent for {SILENCE_LIMIT:g} s"
+            self.hand[0].indices.popleft()
+            run.splat(index, f"{title}; console: {console}")
+        elif not run.lost(index, f"{error}; console: {console}"):
+            self.hand[0].indices.popleft()
+        run._progress(f"{run.cell.name}: machine lost ({str(error).splitlines()[0]}); the rest goes to a fresh one")
+
+
+def _reader(case: Case, finding: Finding) -> Callable[[int, int], bytes]:
+    """Guest RAM as it was where the Case differed: its initial contents and the pages that the runner sent along."""
+    seen: Observation | None = finding.difference.got if finding.difference is not None else None
+    pages: Pages = seen.pages if seen is not None else {}
+
+    def read(gpa: int, size: int) -> bytes:
+        for slot in case.shape.slots:
+            if slot.gpa <= gpa and gpa + size <= slot.gpa + slot.size:
+                image = bytearray(case.memory.image(slot))
+                for page, data in pages.items():
+                    if slot.gpa <= page < slot.gpa + slot.size:
+                        image[page - slot.gpa : page - slot.gpa + len(data)] = data
+                return bytes(image[gpa - slot.gpa : gpa - slot.gpa + size])
+        return b""
+
+    return read
