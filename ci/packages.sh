@@ -1,8 +1,24 @@
 #!/bin/sh
 # Installs the Debian packages the harness needs, if any is missing and we are root; else says which.
+#   sh ci/packages.sh         to run the harness
+#   sh ci/packages.sh lab     also to build the lab: its QEMU, its images
 set -eu
+packages="python3 python3-venv binutils gcc libc6-dev"
+case "${1-}" in
+'') ;;
+lab)
+    # QEMU (harness/lab/hardware.py)
+    packages="$packages make ninja-build patch pkg-config xz-utils libglib2.0-dev zlib1g-dev libfdt-dev libcap-ng-dev"
+    # images (ci/qemu/)
+    packages="$packages mmdebstrap squashfs-tools cpio zstd kmod"
+    ;;
+*)
+    echo "usage: sh ci/packages.sh [lab]" >&2
+    exit 2
+    ;;
+esac
 missing=
-for package in python3 python3-venv binutils gcc libc6-dev; do
+for package in $packages; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0

@@ -1,4 +1,4 @@
-"""kvm-harness: the command line. Thin: every verb calls one function."""
+"""kvm-harness: the command line. Thin: every verb calls one function, and imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import argparse
 import errno
 import json
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from harness.case import Case, CaseError, load_case
-from harness.guest import GuestError
-from harness.host import Host
-from harness.journal import JournalError, read_journal
-from harness.known import KnownError
+from harness.journal import new_folder
 from harness.verdict import BAD_INPUT, INTERRUPTED, NO_KVM, Verdict, exit_status
-from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError
 
 if TYPE_CHECKING:
-    import pytest
+    from harness.journal import RunResults
+    from harness.replay import Replay
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+__all__ = ["add_verb", "fail", "main", "new_folder"]
+
+Verbs = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
 MAX_WORKERS: Final = 4 * (os.cpu_count() or 1)
-OUT: Final = Path("out")
+FORMATS: Final = {"text": "report.txt", "html": "report.html", "junit": "junit.xml", "ktap": "report.ktap"}
+"""Views of a journal, with the file that each becomes beside it when several are asked for."""
 _STATUSES: Final = (
     "exit status: 0 agrees, 1 mismatch or splat, 2 bad input or nothing selected, 3 no usable KVM, 4 lost "
     "(infrastructure), 130 interrupted"
@@ -35,229 +36,281 @@ _STATUSES: Final = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (harness/verdict.py)."""
     try:
-        args = _parser().parse_args(argv)
+        signal.signal(signal.SIGINT, _interrupt)
+        words = sys.argv[1:] if argv is None else list(argv)
+        args = _parser(words[:1] == ["lab"]).parse_args(words)
+        if not hasattr(args, "function"):
+            return fail("give a command, for example: kvm-harness run (kvm-harness --help lists them all)", BAD_INPUT)
         status: int = args.function(args)
         sys.stdout.flush()
         return status
-    except KvmUnusableError as error:
-        return _fail(str(error), NO_KVM)
-    except JournalError as error:
-        return _fail(str(error), error.status)
-    except (CaseError, KnownError, GuestError) as error:
-        return _fail(str(error), BAD_INPUT)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
+        _discard_stdout()
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        expected = _status_of(error)
+        if expected is None:
             raise
-        return _fail(f"{error.strerror}: make room, or send the output elsewhere", Verdict.LOST.status)
+        return fail(f"{error}", expected)
 
 
-def _fail(text: str, status: int) -> int:
+def fail(text: str, status: int) -> int:
+    """Say why on stderr; returns ``status``."""
     print(f"kvm-harness: {text}", file=sys.stderr)
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C ends things in order, a second one at once. (Journals have whole lines at any moment.)"""
+    signal.signal(signal.SIGINT, _interrupt_again)
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"kvm-harness: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def _discard_stdout() -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _status_of(error: Exception) -> int | None:
+    """The exit status of an error whose text is all that the user needs, None for a defect of the harness."""
+    from harness.case import CaseError
+    from harness.guest import GuestError
+    from harness.journal import JournalError
+    from harness.known import KnownError
+    from harness.lab.debian import FetchError
+    from harness.lab.errors import LabError
+    from harness.reference.cpu import ModelError
+    from harness.report.emit_c import EmitError
+    from harness.selection import SelectionError
+    from harness.vm import KvmUnusableError
+
+    match error:
+        case KvmUnusableError():
+            return NO_KVM
+        case JournalError() | LabError():
+            return error.status
+        case FetchError():
+            return Verdict.LOST.status
+        case CaseError() | KnownError() | GuestError() | SelectionError() | ModelError() | EmitError():
+            return BAD_INPUT
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            error.args = (f"{error.strerror}: make room, or send the output elsewhere",)
+            return Verdict.LOST.status
+        case _:
+            status = getattr(error, "status", None)
+            return status if isinstance(status, int) else None
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------------
+
+
+def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
+    """``with_lab`` False leaves out the verbs of ``lab``: what they are made of takes time to load."""
     parser = argparse.ArgumentParser(
         prog="kvm-harness",
         description="Runs tiny guests on real KVM and compares every register with an independent model.",
         epilog=_STATUSES,
     )
-    verbs = parser.add_subparsers(required=True, metavar="command")
-
-    def verb(name: str, function: object, text: str, example: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(
-            name, help=text, description=text, epilog=f"example: {example}\n\n{_STATUSES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        made.set_defaults(function=function)
-        made.add_argument("--kvm-device", type=Path, default=DEFAULT_DEVICE, metavar="PATH", help="default: /dev/kvm")
-        return made
-
-    probe = verb("probe", _probe, "What this host's KVM can do, found by trying it.", "kvm-harness probe --json")
-    probe.add_argument("--json", action="store_true", help="everything, for programs")
-
-    run = verb(
-        "run", _run, "The register suite on this machine's KVM.", "kvm-harness run -k 'mmio and not real' -n 2"
-    )
-    run.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
-    run.add_argument("-k", metavar="EXPR", help="only Cases whose name matches, as in pytest: 'gpr and long'")
-    run.add_argument("-n", type=int, default=0, metavar="N", help="worker processes (default: this one only)")
-    run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
-
-    replay = verb(
-        "replay", _replay, "One Case again, in full detail; or as one self-contained C file.",
-        "kvm-harness replay 3f2a9c17b0de --emit-c > reproducer.c",
-    )  # fmt: skip
-    replay.add_argument("case", metavar="ID_OR_FILE", help="a Case's id (12 hex digits), name, or file")
-    replay.add_argument("--emit-c", action="store_true", help="print a C program that shows the same with no harness")
-
-    report = verb("report", _report, "A view of a run's journal.", "kvm-harness report out/20261123-120000")
-    report.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    verbs = parser.add_subparsers(metavar="command")
+    for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare):
+        register(verbs)
+    _add_lab(verbs, with_lab)
     return parser
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"kvm-harness {version('kvm-harness')}")
+        parser.exit()
+
+
+def add_verb(
+    verbs: Verbs[argparse.ArgumentParser],
+    name: str,
+    function: Callable[[argparse.Namespace], int],
+    text: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """A verb whose ``--help`` has an example and the exit statuses; ``function`` returns the status."""
+    made = verbs.add_parser(
+        name, help=text, description=text, epilog=f"example: {example}\n\n{_STATUSES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.set_defaults(function=function)
+    return made
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    default = Path("/dev/kvm")
+    parser.add_argument("--kvm-device", type=Path, default=default, metavar="PATH", help="default: /dev/kvm")
+
+
+def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    probe = add_verb(
+        verbs, "probe", _probe, "What this host's KVM can do, found by trying it.", "kvm-harness probe --json"
+    )
+    _add_device(probe)
+    probe.add_argument("--json", action="store_true", help="everything, for programs")
+
+
+def _add_run(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    run = add_verb(
+        verbs, "run", _run, "The register suite on this machine's KVM.", "kvm-harness run -k 'mmio and not @real#' -n 2"
+    )
+    _add_device(run)
+    run.add_argument("names", nargs="*", help=argparse.SUPPRESS)  # there are none: _run says what was meant
+    run.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
+    run.add_argument(
+        "-k", metavar="EXPR",
+        help="only Cases whose name matches, as in pytest: 'gpr and long'; whole names too: gpr/mov_r32_rcx@long#0",
+    )  # fmt: skip
+    run.add_argument("-n", type=_workers, default=0, metavar="N", help="worker processes (default: this one only)")
+    run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
+
+
+def _workers(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 (no workers) to {MAX_WORKERS}")
+    return int(text)
+
+
+def _add_replay(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    replay = add_verb(
+        verbs, "replay", _replay, "One Case again, in full detail; or as one self-contained C file.",
+        "kvm-harness replay 3f2a9c17b0de --emit-c > reproducer.c",
+    )  # fmt: skip
+    _add_device(replay)
+    replay.add_argument("case", metavar="ID_OR_FILE", help="a Case's id (12 hex digits), name, or file")
+    replay.add_argument("--emit-c", action="store_true", help="print a C program that shows the same with no harness")
+
+
+def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    report = add_verb(
+        verbs, "report", _report, "Views of a run's journal.",
+        "kvm-harness report out/20261123-120000 --format junit > junit.xml",
+    )  # fmt: skip
+    report.add_argument("folder", type=Path, metavar="DIR", help="the --out folder of a run")
+    report.add_argument(
+        "--format", type=_formats, default=("text",), metavar="NAMES",
+        help=f"{', '.join(FORMATS)} (default: text); one is printed, several (html,junit) become files in DIR",
+    )  # fmt: skip
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if wrong := [name for name in names if name not in FORMATS]:
+        raise argparse.ArgumentTypeError(f"no format {wrong[0]!r}: give {', '.join(FORMATS)}, or several with commas")
+    return names
+
+
+def _add_compare(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    compare = add_verb(
+        verbs, "compare", _compare, "Two runs side by side: status 1 when a Case that agreed in A does not in B.",
+        "kvm-harness compare out/before out/after",
+    )  # fmt: skip
+    compare.add_argument("a", type=Path, metavar="DIR_A", help="the --out folder of the first run")
+    compare.add_argument("b", type=Path, metavar="DIR_B", help="that of the second")
+
+
+def _add_lab(verbs: Verbs[argparse.ArgumentParser], whole: bool) -> None:
+    text = "The suite on a kernel under test, nested in an emulator: list, build, run, shell."
+    lab = verbs.add_parser("lab", help=text, description=text, epilog=_STATUSES)
+    if whole:
+        from harness.lab.cli import add_verbs
+
+        inner = lab.add_subparsers(metavar="command", required=True)
+        add_verbs(lambda name, function, text, example: add_verb(inner, name, function, text, example))
+
+
 def _probe(args: argparse.Namespace) -> int:
+    from harness.host import Host
+    from harness.report.probe import probe_text
+    from harness.vm import Kvm
+
     with Kvm(args.kvm_device) as kvm:
         host = Host(kvm)
         try:
             found = host.to_json()
         finally:
             host.close()
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return 0
-    print(f"host          {host.describe()}")
-    print(f"device        {found['device']}, {len(found['capabilities'])} capabilities")
-    print(f"guest CPU     {found['vendor']}, {len(found['features'])} known features, APX: {_yes(found['apx'])}")
-    for mode, bad in found["modes"].items():
-        step = bad or f"single step: {_yes(found['single_step'][mode])}"
-        print(f"mode          {mode:12s} {'runs' if not bad else 'no'}; {step}")
-    for mode, odd in found["exception_delivery"].items():
-        print(f"exceptions    {mode:12s} {odd or 'delivered'}")
-    for name, modes in found["emulator_lacks"].items():
-        print(f"lacks         {name:12s} in {', '.join(modes)}")
-    for name, bad in found["traits"].items():
-        print(f"trait         {name}: {bad or 'yes'}")
+        print(json.dumps(found, indent=1) if args.json else probe_text(host.describe(), found))
     return 0
 
 
-def _yes(value: object) -> str:
-    return "yes" if value else "no"
-
-
 def _run(args: argparse.Namespace) -> int:
-    import pytest
+    from harness.report.progress import Progress
+    from harness.run import Request, run_suite
 
-    Kvm(args.kvm_device).close()
-    out = args.out or _new_folder()
-    options = [
-        str(ROOT / "tests" / "kvm" / "test_registers.py"), "-c", str(ROOT / "pyproject.toml"), "--tb=short",
-        "--no-header", "-p", "no:cacheprovider", "-p", "no:logging", "--capture=no", "-p", "no:unraisableexception",
-        "-p", "no:threadexception", f"--kvm-device={args.kvm_device}", f"--kvm-out={out}",
-    ]  # fmt: skip
-    if args.k is not None:
-        options.append(f"-k={args.k}")
-    if not 0 <= args.n <= MAX_WORKERS:
-        return _fail(f"-n {args.n}: give 0 (no workers) to {MAX_WORKERS}", BAD_INPUT)
-    if args.n:
-        options += ["-n", str(args.n)]
-    if args.fail_fast:
-        options.append("-x")
-    ending = _Ending()
-    status = int(pytest.main(options, plugins=[ending]))
-    if ending.problem is not None:
-        return _fail(*ending.problem)
-    if ending.interrupted:
-        return _fail(f"interrupted; finished results are in {out}", INTERRUPTED)
-    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
-        return _fail(f"no Case matches -k {args.k!r}; names look like gpr/mov_r32_rcx@long#0", BAD_INPUT)
-    if status == pytest.ExitCode.USAGE_ERROR:
-        return BAD_INPUT
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        return Verdict.LOST.status  # pytest's own internal error
-    print(f"results: {out}")
-    records = [r for r in read_journal(out) if "case" in r]
-    decided = exit_status(Verdict(r["verdict"]) for r in records)
-    if status == pytest.ExitCode.TESTS_FAILED and decided == 0:
-        return Verdict.LOST.status  # a Case ended without a verdict: the harness itself failed
-    return decided
-
-
-class _Ending:
-    """Plugin: how pytest ended, where its exit status does not tell (4 is its usage error, and our "lost")."""
-
-    def __init__(self) -> None:
-        self.problem: tuple[str, int] | None = None
-        self.interrupted = False
-
-    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        self.interrupted = isinstance(excinfo.value, KeyboardInterrupt)
-
-    def pytest_unconfigure(self, config: pytest.Config) -> None:
-        from harness.pytest_plugin import ending_key
-
-        self.problem = config.stash.get(ending_key, None)
-
-
-def _new_folder() -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = OUT / stamp
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = OUT / f"{stamp}-{number}"
-    return folder
-
-
-def _find_case(text: str, host: Host) -> Case:
-    """A Case by file, by id or by name."""
-    from harness.paths import all_cases
-
-    path = Path(text)
-    if path.is_dir():
-        raise CaseError(f"{path}: is a folder; give one of its .json files")
-    if path.suffix == ".json" or path.is_file():
-        return load_case(path)
-    for kept in sorted(OUT.glob(f"*/cases/{text}*.json")):
-        return load_case(kept)
-    found = [c for c in all_cases(host.profile) if c.name == text]
-    if not found:
-        found = [c for c in all_cases(host.profile) if len(text) >= 4 and c.id.startswith(text)]
-    if not found:
-        raise CaseError(f"no Case with id or name {text!r} on this host; a run's --out folder has all in journal.jsonl")
-    return found[0]
+    if args.names:
+        meant = shlex.quote(" or ".join(args.names))
+        return fail(f"run takes no {args.names[0]!r}: to select Cases by name, use -k {meant}", BAD_INPUT)
+    return run_suite(Request(args.kvm_device, args.out, args.k, args.n, args.fail_fast), Progress())
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from harness.judge import Runner
-    from harness.known import load_known
-    from harness.machine import KvmMachine
-    from harness.reference.cpu import ModelError
-    from harness.reference.machine import ReferenceMachine
-    from harness.report.emit_c import EmitError, emit_c
-    from harness.report.failure import failure_text
+    from harness.replay import replay
 
-    with Kvm(args.kvm_device) as kvm, KvmMachine(kvm) as machine:
-        host = Host(kvm)
-        case = _find_case(args.case, host)
-        try:
-            result = Runner(machine, host, load_known()).run(case, ReferenceMachine())
-        except ModelError as error:
-            return _fail(f"{case.name}: the model cannot run this guest: {error}", BAD_INPUT)
-        where = host.describe()
-        host.close()
-    if args.emit_c:
-        if result.verdict is Verdict.UNSUPPORTED:
-            print(f"kvm-harness: note: no defect, a limit of this host: {result.summary}", file=sys.stderr)
-        try:
-            print(emit_c(case, result.difference, where), end="")
-        except EmitError as error:
-            return _fail(str(error), BAD_INPUT)
-        return 0
-    print(f"{case.name} {case.id}: {result.verdict.value}, {result.checks} checks {result.summary}".rstrip())
-    if result.difference is not None:
-        print(failure_text(case, result.difference, where))
-    return exit_status([result.verdict]) if result.verdict is not Verdict.UNSUPPORTED else 0
+    def show(found: Replay) -> None:
+        if not args.emit_c:
+            print(found.text())
+            return
+        if found.result.verdict is Verdict.UNSUPPORTED:
+            print(f"kvm-harness: note: no defect, a limit of this host: {found.result.summary}", file=sys.stderr)
+        print(found.c_source(), end="")
+
+    verdict = replay(args.case, args.kvm_device, show).verdict
+    return 0 if args.emit_c or verdict is Verdict.UNSUPPORTED else exit_status([verdict])
 
 
 def _report(args: argparse.Namespace) -> int:
-    from harness.pytest_plugin import summary_lines
+    from harness.journal import read_run
+    from harness.report.views import verdict_of
 
-    header, *lines = read_journal(args.folder)
-    records = [r for r in lines if "case" in r]
-    print(f"{header['host']}, started {header['started']}")
-    for record in records:
-        if Verdict(record["verdict"]) not in (Verdict.AGREE, Verdict.UNSUPPORTED):
-            print(f"{record['verdict']:10s} {record['id']} {record['case']}: {record['summary']}")
-    for line in summary_lines(records):
-        print(line)
-    if not any("finished" in r for r in lines):
-        return _fail("incomplete: the run was interrupted or lost before its end", Verdict.LOST.status)
-    return exit_status(Verdict(r["verdict"]) for r in records)
+    run = read_run(args.folder)
+    if len(args.format) == 1:
+        print(_view(run, args.format[0]), end="")
+    else:
+        for name in args.format:
+            path = run.folder / FORMATS[name]
+            path.write_text(_view(run, name), encoding="utf-8")
+            print(path)
+    sys.stdout.flush()  # before what is said on stderr
+    for line in run.incomplete_because():
+        fail(line, Verdict.LOST.status)
+    return exit_status(verdict_of(r) for r in run.records) if run.complete else Verdict.LOST.status
+
+
+def _view(run: RunResults, name: str) -> str:
+    from harness.report.html import html_report
+    from harness.report.junit import junit_report
+    from harness.report.ktap import ktap_report
+    from harness.report.text import text_report
+
+    return {"text": text_report, "html": html_report, "junit": junit_report, "ktap": ktap_report}[name](run)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from harness.journal import read_run
+    from harness.report.compare import compare_runs, comparison_text
+
+    found = compare_runs(read_run(args.a), read_run(args.b))
+    print(comparison_text(found), end="")
+    sys.stdout.flush()
+    for name, run in (("A", found.a), ("B", found.b)):
+        for line in run.incomplete_because():
+            fail(f"{name}: {line}", Verdict.LOST.status)
+    return found.status
 
 
 if __name__ == "__main__":

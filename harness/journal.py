@@ -1,7 +1,7 @@
 """The journal: an append-only file of results, one JSON object a line. Every report is a view of it.
 
 A line is written whole and flushed as soon as its Case is finished, so that a run that was killed keeps all of them;
-a torn last line is dropped on reading.
+a torn last line is dropped on reading. A line damaged later is left out, and said.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from harness.verdict import Verdict
+
 NAME: Final = "journal.jsonl"
 FORMAT: Final = 1
+OUT: Final = Path("out")
+"""Where runs go for which no folder was given."""
 
 
 class JournalError(Exception):
@@ -71,20 +77,138 @@ class Journal:
             self._fd = -1
 
 
+def new_folder() -> Path:
+    """A folder under ``out/`` that is not there yet, named after the time."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = OUT / stamp
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = OUT / f"{stamp}-{number}"
+    return folder
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A line of a journal that is not what was written: its number (from 1) and what is wrong with it."""
+
+    line: int
+    what: str
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What a journal holds: all that reports and comparisons are made of.
+
+    ``path``: the journal; ``header``: of the run (host, started, and ``cell`` where a lab ran it); ``records``: one for
+    each finished Case; ``finished``: the run came to its end; ``damage``: lines that were left out.
+    """
+
+    path: Path
+    header: Mapping[str, Any]
+    records: tuple[Mapping[str, Any], ...]
+    finished: bool
+    damage: tuple[Damage, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's other files are."""
+        return self.path.parent
+
+    @property
+    def complete(self) -> bool:
+        """Everything that the run was to find is here."""
+        return self.finished and not self.damage
+
+    def cell(self, record: Mapping[str, Any]) -> str:
+        """The lab's configuration and kernel that a record is of ("svm × 7.3"); empty for a run on this machine."""
+        return str(record.get("cell") or self.header.get("cell") or "")
+
+    @cached_property
+    def cells(self) -> tuple[str, ...]:
+        """Every cell that has records, in alphabetical order; at least one, which may have no name."""
+        return tuple(sorted({self.cell(r) for r in self.records} or {self.cell({})}))
+
+    def incomplete_because(self) -> list[str]:
+        """One line for each thing that keeps the results from being whole."""
+        out = [f"{self.path}:{d.line}: damaged ({d.what}); the other lines are shown" for d in self.damage]
+        if not self.finished:
+            out.append("incomplete: the run was interrupted or lost before its end")
+        return out
+
+
+def read_run(folder: Path) -> RunResults:
+    """The results of a run, as far as they can be read. JournalError when ``folder`` holds no journal."""
+    path = _path(folder)
+    header: Mapping[str, Any] = {}
+    records: list[Mapping[str, Any]] = []
+    damage: list[Damage] = []
+    finished = False
+    for number, line in enumerate(_whole_lines(path), 1):
+        record = _parse(line)
+        if isinstance(record, str):
+            damage.append(Damage(number, record))
+        elif "journal" in record and number == 1:
+            header = _checked_header(path, record)
+        elif "case" in record:
+            if what := _wrong_with(record):
+                damage.append(Damage(number, what))
+            else:
+                records.append(record)
+        finished = finished or (isinstance(record, dict) and "finished" in record)
+    if not header and (not records or not damage or damage[0].line != 1):
+        raise JournalError(f"{path}: not a journal of format {FORMAT}")
+    return RunResults(path, header, tuple(records), finished, tuple(damage))
+
+
 def read_journal(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run, header first. JournalError when there is none or it is damaged before its last line."""
-    path = folder / NAME if folder.is_dir() else folder
+    """The lines of a run, header first. JournalError when there is none or it is damaged before its last line."""
+    path = _path(folder)
+    for number, line in enumerate(_whole_lines(path), 1):
+        record = _parse(line)
+        if isinstance(record, str):
+            raise JournalError(f"{path}:{number}: damaged ({record})")
+        if number == 1:
+            _checked_header(path, record)
+        yield record
+
+
+def _path(folder: Path) -> Path:
+    return folder / NAME if folder.is_dir() else folder
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Without a torn last line, which a run that was killed may leave."""
     try:
-        lines = path.read_text().split("\n")
+        return path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise JournalError(f"{path}: {error.strerror}; give the --out folder of a run") from error
-    torn = lines.pop()
-    del torn
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise JournalError(f"{path}:{number}: damaged ({error})") from error
-        if number == 1 and (not isinstance(record, dict) or record.get("journal") != FORMAT):
-            raise JournalError(f"{path}: not a journal of format {FORMAT}")
-        yield record
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+    """The object on a line, or what is wrong with it."""
+    try:
+        record = json.loads(line.decode())
+    except ValueError as error:  # no UTF-8, or no JSON
+        return str(error)
+    return record if isinstance(record, dict) else "not a JSON object"
+
+
+def _checked_header(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    if record.get("journal") != FORMAT:
+        raise JournalError(f"{path}: not a journal of format {FORMAT}")
+    return record
+
+
+def _wrong_with(record: Mapping[str, Any]) -> str:
+    """Why a Case's record cannot be used, or an empty string."""
+    for key, kind in _RECORD.items():
+        if not isinstance(record.get(key), kind):
+            return f"no usable {key!r}"
+    return "" if record["verdict"] in _VERDICTS else f"unknown verdict {record['verdict']!r}"
+
+
+_RECORD: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "case": str, "id": str, "verdict": str, "checks": int, "summary": str, "seconds": (int, float),
+}  # fmt: skip
+_VERDICTS: Final = frozenset(v.value for v in Verdict)

@@ -386,14 +386,35 @@ class KvmMachine:
         if warm.equal(pages):
             return []
         assert self._case is not None
+        if ignore:
+            pages = self._settled(pages, ignore)
+            if warm.equal(pages):
+                return []
         out: list[MemoryDiff] = []
         for slot, ram in warm.vm.ram.items():
             expected = bytearray(self._case.memory.image(slot))
             for gpa, data in pages.items():
                 if slot.gpa <= gpa < slot.gpa + slot.size:
                     expected[gpa - slot.gpa : gpa - slot.gpa + PAGE] = data
-            out += _byte_diff(slot.gpa, bytes(expected), ram[:], ignore)
+            out += _byte_diff(slot.gpa, bytes(expected), ram[:])
         return out
+
+    def _settled(self, pages: Pages, ignore: Mapping[int, int]) -> dict[int, bytes]:
+        """``pages`` with what RAM holds in the undefined bits of ``ignore`` (byte address -> mask)."""
+        assert self._case is not None
+        out = {gpa: bytearray(data) for gpa, data in pages.items()}
+        for slot, ram in self._loaded().vm.ram.items():
+            for gpa, mask in ignore.items():
+                at = gpa - slot.gpa
+                if not 0 <= at < slot.size:
+                    continue
+                base = gpa & ~(PAGE - 1)
+                if base not in out:
+                    offset = base - slot.gpa
+                    out[base] = bytearray(self._case.memory.image(slot)[offset : offset + PAGE])
+                n = gpa - base
+                out[base][n] = out[base][n] & ~mask | ram[at] & mask
+        return {gpa: bytes(data) for gpa, data in out.items()}
 
     def read(self, gpa: int, size: int) -> bytes:
         """Bytes of guest RAM; empty when they lie outside of it."""
@@ -419,7 +440,7 @@ class KvmMachine:
 _SET_ORDER: Final = ("xcr0", "sregs2", "msrs", "debugregs", "pkru", "egpr", "events", "regs")
 
 
-def _byte_diff(gpa: int, expected: bytes, got: bytes, ignore: Mapping[int, int]) -> list[MemoryDiff]:
+def _byte_diff(gpa: int, expected: bytes, got: bytes) -> list[MemoryDiff]:
     out: list[MemoryDiff] = []
     offset = 0
     size = len(expected)
@@ -429,7 +450,7 @@ def _byte_diff(gpa: int, expected: bytes, got: bytes, ignore: Mapping[int, int])
             continue
         end = min(offset + PAGE, size)
         while offset < end:
-            if (expected[offset] ^ got[offset]) & ~ignore.get(gpa + offset, 0):
+            if expected[offset] != got[offset]:
                 stop = min(offset + 16, size)
                 out.append(MemoryDiff(gpa + offset, expected[offset:stop], got[offset:stop]))
                 offset = stop

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gc
 import json
-import re
-from collections import Counter
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import pytest
 
+from harness import selection
 from harness.case import Case, VmShape
 from harness.cpuid import CpuProfile
 from harness.guest import GuestError
@@ -24,14 +24,14 @@ from harness.journal import Journal, JournalError
 from harness.judge import Result, Runner
 from harness.known import load_known
 from harness.machine import KvmMachine
+from harness.report.text import summary_lines
+from harness.report.views import CASES_FOLDER
 from harness.verdict import BAD_INPUT, NO_KVM, Verdict
 from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError, Vcpu, Vm
 
 CASE_LIMIT: Final = 1.0
 """Seconds that one KVM_RUN of the suite may take; its guests are a handful of instructions."""
 PROPERTY: Final = "kvm-harness"
-CASES_FOLDER: Final = "cases"
-_LACKS: Final = re.compile(r"(emulator lacks .*) in [\w-]+$")  # one line an instruction, not one a mode
 _BAD: Final = (Verdict.SPLAT, Verdict.MISMATCH, Verdict.REGRESSED)
 
 kvm_key: pytest.StashKey[Kvm] = pytest.StashKey()
@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kvm: needs a usable /dev/kvm")
     config.stash[results_key] = []
+    config.option.keyword = selection.alias(config.option.keyword)  # so that Case names may stand in -k
     out: Path | None = config.getoption("--kvm-out")
     if out is not None and not hasattr(config, "workerinput"):
         host = _host(config)
@@ -123,6 +124,7 @@ class _SuiteCollector(pytest.Collector):
         for case in cases:
             item: CaseItem = CaseItem.from_parent(self, name=case.name)
             item.case = case
+            item.extra_keyword_matches.add(selection.alias(case.name))
             yield item
 
 
@@ -215,10 +217,12 @@ def judge(item: pytest.Item, case: Case, runner: Runner) -> Result:
     item.user_properties.append((PROPERTY, json.dumps(result.to_json())))
     if result.verdict in _BAD:
         out: Path | None = item.config.getoption("--kvm-out")
-        if out is not None:
-            _keep(case, out)
+        again = case.id if out is None else _keep(case, out)
         difference = result.difference
-        text = failure_text(case, difference, runner.host.describe()) if difference is not None else result.summary
+        if difference is not None:
+            text = failure_text(case, difference, runner.host.describe(), again)
+        else:
+            text = f"{case.name}  [{case.id}]: {result.summary}\nkvm-harness replay {again}"
         pytest.fail(text, pytrace=False)
     if result.verdict is Verdict.LOST:
         pytest.fail(result.summary, pytrace=False)
@@ -227,10 +231,15 @@ def judge(item: pytest.Item, case: Case, runner: Runner) -> Result:
     return result
 
 
-def _keep(case: Case, out: Path) -> None:
-    folder = out / CASES_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{case.id}.json").write_text(json.dumps(case.to_json()))
+def _keep(case: Case, out: Path) -> str:
+    """Write the Case into the run's folder; what ``replay`` is to be given."""
+    path = out / CASES_FOLDER / f"{case.id}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(case.to_json()))
+    except OSError:  # its record will say so too
+        return case.id
+    return shlex.quote(str(path))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -267,7 +276,8 @@ class _Results:
 
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if lines := summary_lines(self.config.stash[results_key]):
+        records = self.config.stash[results_key]
+        if lines := summary_lines(records):
             terminalreporter.section("kvm-harness")
             for line in lines:
                 terminalreporter.write_line(line)
@@ -277,19 +287,3 @@ class _Results:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
         session.config.pluginmanager.register(_Results(session.config), "kvm-harness-results")
-
-
-def summary_lines(records: list[dict[str, Any]]) -> list[str]:
-    """What a run came to: counts by verdict, every limit of the host once with its count, known divergences."""
-    if not records:
-        return []
-    verdicts = Counter(r["verdict"] for r in records)
-    checks = sum(r["checks"] for r in records)
-    counts = ", ".join(f"{verdicts[v.value]} {v.value}" for v in Verdict if verdicts[v.value])
-    lines = [f"{len(records)} cases, {checks} checks: {counts}"]
-    for verdict, title in ((Verdict.UNSUPPORTED, "not possible on this host"), (Verdict.HEALED, "healed")):
-        reasons = Counter(_LACKS.sub(r"\1", r["summary"]) for r in records if r["verdict"] == verdict.value)
-        lines += [f"  {title}: {count:5d} × {reason}" for reason, count in reasons.most_common()]
-    known = Counter(r["summary"].split(":")[0] for r in records if r["verdict"] == Verdict.KNOWN.value)
-    lines += [f"  known divergence: {count:5d} × {name}" for name, count in known.most_common()]
-    return lines

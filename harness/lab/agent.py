@@ -24,6 +24,7 @@ from harness.vm import Kvm, KvmUnusableError
 
 CASE_LIMIT: Final = 5.0
 """Seconds that one KVM_RUN may take here: emulated, the longest guest takes a fraction of one."""
+FLUSH: Final = 0.05
 _DEBUGFS: Final = Path("/sys/kernel/debug")
 
 
@@ -76,12 +77,23 @@ class Agent:
         self._lines: TextIO = os.fdopen(os.dup(fd), "r", buffering=1)
         self._plan: PlanReader | None = None
         self._log = KernelLog()
+        self._later: list[str] = []
+        self._said = 0.0
 
     def say(self, text: str) -> None:
-        """One line to the outside."""
-        data = text.encode() + b"\n"
+        """One line to the outside, now, after all that was said later."""
+        data = "\n".join([*self._later, text, ""]).encode()
+        self._later.clear()
+        self._said = time.monotonic()
         while data:
             data = data[os.write(self._fd, data) :]
+
+    def say_later(self, text: str) -> None:
+        """One line to the outside, within FLUSH seconds of Cases: a write costs as much as running a Case."""
+        if time.monotonic() - self._said > FLUSH:
+            self.say(text)
+        else:
+            self._later.append(text)
 
     def serve(self) -> None:
         """The main loop."""
@@ -99,20 +111,21 @@ class Agent:
                 if order.get("probe"):
                     self.say(f"probed {json.dumps(_probe(kvm))}")
                 if "job" in order:
-                    self._job(machine, order["job"], order.get("only"))
+                    self._job(machine, order["job"], order.get("only"), order.get("careful", False))
 
-    def _job(self, machine: KvmMachine, number: int, only: list[int] | None) -> None:
+    def _job(self, machine: KvmMachine, number: int, only: list[int] | None, careful: bool) -> None:
         if self._plan is None:
             self._plan = PlanReader(self._plan_path.open("rb"))
         group = self._plan.groups[number]
         cases = self._plan.group(number)
         chosen = range(group.count) if only is None else [i - group.first for i in only]
+        say = self.say if careful else self.say_later
         for n in chosen:
             case, steps = cases[n]
             finding = execute(case, Recording(steps), machine)
             index = group.first + n
             if finding.clean:
-                self.say(f"+ {index} {finding.checks} {finding.allowed} {finding.seconds:.6f}")
+                say(f"+ {index} {finding.checks} {finding.allowed} {finding.seconds:.6f}")
             else:
                 self.say(f"- {index} {json.dumps(finding_json(_with_memory(finding, machine)))}")
             if news := self._log.news():

@@ -6,15 +6,27 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from harness.lab.cache import area
 from harness.lab.configurations import CONFIGURATIONS, configuration
 from harness.lab.errors import LabInputError
 from harness.lab.planner import TIERS
 
+if TYPE_CHECKING:
+    from harness.lab.hardware import Emulator
+    from harness.lab.kernel import Kernel
+    from harness.lab.session import Cell
+
 DEFAULT_SERIES: Final = "newest"
-Verb = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
+
+
+class Verb(Protocol):
+    """Makes one parser."""
+
+    def __call__(
+        self, name: str, function: Callable[[argparse.Namespace], int], text: str, example: str, /
+    ) -> argparse.ArgumentParser: ...
 
 
 def add_verbs(verb: Verb) -> None:
@@ -46,23 +58,22 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--tree", type=Path, metavar="DIR", help="a kernel tree: built in a private worktree")
     parser.add_argument("--modules", type=Path, metavar="DIR", help="its /lib/modules/RELEASE, with --kernel")
     parser.add_argument("--variant", default="default", choices=("default", "debug"), help="with --tree")
-    parser.add_argument("--qemu", default="ours", metavar="ours|system|PATH", help="which emulator (default: ours)")
+    parser.add_argument("--qemu", default="ours", choices=("ours", "system"), help="which emulator (default: ours)")
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def cells(args: argparse.Namespace) -> list[Cell]:  # noqa: F821
+def cells(args: argparse.Namespace) -> list[Cell]:
     """The cells that the options name, everything they need built. LabError."""
     from harness.lab.boot import outer_acceleration
-    from harness.lab.hardware import emulator
     from harness.lab.image import base_image
     from harness.lab.session import Cell
 
     names = list(CONFIGURATIONS) if args.config == "all" else args.config.split(",")
     chosen = [configuration(name) for name in names]
-    hardware = emulator(args.qemu, _say)
+    hardware = _emulator(args.qemu)
     for config in chosen:
         if config.needs - hardware.features:
             raise LabInputError(f"{config.name}: {hardware.name} has no {', '.join(config.needs - hardware.features)}")
@@ -74,7 +85,15 @@ def cells(args: argparse.Namespace) -> list[Cell]:  # noqa: F821
     ]
 
 
-def kernels(args: argparse.Namespace) -> list[Kernel]:  # noqa: F821
+def _emulator(which: str) -> Emulator:
+    from harness.lab.hardware import pinned_qemu, system_qemu
+
+    if which not in ("ours", "system"):
+        raise LabInputError(f"--qemu {which}: use ours or system")
+    return pinned_qemu(_say) if which == "ours" else system_qemu()
+
+
+def kernels(args: argparse.Namespace) -> list[Kernel]:
     """The kernels that the options name. LabError."""
     from harness.lab.kernel import debian_kernel, kernel_from_file
 
@@ -116,7 +135,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness.cli import new_folder
+    from harness.journal import new_folder
     from harness.lab.run import Options, run_cells
 
     options = Options(args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile)

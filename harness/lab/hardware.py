@@ -52,7 +52,7 @@ def pinned_qemu(progress: Progress = quiet) -> Emulator:
     try:
         shown = _shown_features(binary)
     except LabError as error:
-        raise LabError(f"{error}\nLibraries it was built with may be gone: remove {folder} to have it built anew") from error
+        raise LabError(f"{error}\nLibraries it needs may be gone: remove {folder} to have it built anew") from error
     name = f"QEMU {qemu_build.RELEASE} with the project's patches"
     return Emulator(name, binary, folder / "firmware", key, shown | _PATCHED_IN)
 

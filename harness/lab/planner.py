@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -63,16 +63,3 @@ def smoke(cases: Iterable[Case]) -> list[Case]:
         if not any(need == "apx" for need in case.requires) or "apx" in case.profile.features:
             entries.setdefault(case.name.partition("@")[0], []).append(case)
     return [found[zlib.crc32(name.encode()) % len(found)] for name, found in entries.items()]
-
-
-def matcher(expression: str) -> Callable[[str], bool]:
-    """What ``-k`` selects, as in pytest; a Case's name (with its ``@`` or ``#``) selects itself. LabInputError."""
-    from _pytest.mark.expression import Expression, ParseError
-
-    if any(c in expression for c in "@#/"):
-        return lambda name: expression in name
-    try:
-        compiled = Expression.compile(expression)
-    except (ParseError, SyntaxError) as error:
-        raise LabInputError(f"-k {expression!r}: {error}; write it as in pytest: 'gpr and not real'") from error
-    return lambda name: compiled.evaluate(lambda word, **_: word.lower() in name.lower())

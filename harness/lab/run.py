@@ -16,11 +16,12 @@ from harness.judge import Result
 from harness.known import load_known
 from harness.lab.cache import Progress
 from harness.lab.errors import LabError, LabInputError
-from harness.lab.planner import cell_plan, matcher
+from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile, write_profile
 from harness.lab.session import Cell, CellRun
 from harness.report.failure import failure_text
 from harness.report.text import summary_lines
+from harness.selection import matcher
 from harness.verdict import Verdict, exit_status
 
 CASES_FOLDER: Final = "cases"
@@ -78,8 +79,9 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: profile written to {path}")
     plan = cell_plan(cell.configuration, profile, options.tier, progress)
-    chosen = [n for n, name in enumerate(plan.names) if options.select is None or matcher(options.select)(name)]
-    skipped = [s for s in plan.skipped if options.select is None or matcher(options.select)(s[0])]
+    selects = matcher(options.select or "")
+    chosen = [n for n, name in enumerate(plan.names) if selects(name)]
+    skipped = [s for s in plan.skipped if selects(s[0])]
     if not chosen and not skipped:
         raise LabInputError(f"no Case matches -k {options.select!r}; names look like gpr/mov_r32_rcx@long#0")
     header = {
@@ -201,9 +203,8 @@ def cells_table(outcomes: Sequence[CellOutcome]) -> list[str]:
 def cell_lines(outcome: CellOutcome) -> list[str]:
     """What one cell came to, for people."""
     lines = summary_lines(outcome.records)
-    lines.append(
-        f"  first result after {outcome.first_result:.1f} s, {outcome.rate:,.0f} checks/s, {outcome.seconds:.1f} s in all"
-    )
+    times = f"first result after {outcome.first_result:.1f} s, {outcome.rate:,.0f} checks/s"
+    lines.append(f"  {times}, {outcome.seconds:.1f} s in all")
     if outcome.problem:
         lines.append(f"lost: {outcome.problem}")
     return lines

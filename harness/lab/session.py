@@ -25,7 +25,7 @@ from harness.lab.cache import Progress, quiet
 from harness.lab.configurations import Configuration
 from harness.lab.errors import LabError, LostError
 from harness.lab.hardware import Emulator
-from harness.lab.image import Image, payload
+from harness.lab.image import PYTHON, Image, payload
 from harness.lab.kernel import COMMAND_LINE, Kernel
 from harness.lab.plan import Plan
 from harness.lab.profile import Profile
@@ -66,25 +66,25 @@ class Cell:
         )  # fmt: skip
 
 
-def runner_payload(progress: Progress = quiet) -> Path:
+_START: Final = b"""#!/bin/sh
+PYTHONPATH=/payload exec /usr/bin/python3 -S -s -B -m harness.lab.agent
+"""
+
+
+def runner_payload(progress: Progress = quiet, *, start: bytes = _START) -> Path:
     """The payload with the runner: the modules it imports, compiled where this Python is the image's, and ``start``."""
-    files: dict[str, Path | bytes] = {"start": _START}
+    files: dict[str, Path | bytes] = {"start": start}
     root = Path(harness.__file__).resolve().parent
     for name in sorted(_closure("harness.lab.agent")):
         path = root.joinpath(*name.split(".")[1:])
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         inside = path.relative_to(root.parent)
         files[str(inside)] = path
-        if sys.implementation.cache_tag == "cpython-311":  # bookworm's, and so the image's
+        if sys.implementation.cache_tag == PYTHON:
             code = compile(path.read_bytes(), f"/payload/{inside}", "exec", dont_inherit=True)
             unchecked = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
-            files[f"{inside.parent}/__pycache__/{path.stem}.cpython-311.pyc"] = unchecked + marshal.dumps(code)
+            files[f"{inside.parent}/__pycache__/{path.stem}.{PYTHON}.pyc"] = unchecked + marshal.dumps(code)
     return payload(files, progress)
-
-
-_START: Final = b"""#!/bin/sh
-PYTHONPATH=/payload exec /usr/bin/python3 -S -s -B -m harness.lab.agent
-"""
 
 
 def _closure(start: str) -> set[str]:
@@ -120,6 +120,9 @@ class Job:
 
     group: int
     indices: deque[int]
+    careful: bool = False  # every result at once: for Cases of which one may have killed a machine
+    first: int = -1  # the first of them
+    suspicion: str = ""  # what that machine died of, until a Case is blamed for it
 
 
 def jobs(plan: Plan, chosen: Iterable[int]) -> deque[Job]:
@@ -398,7 +401,8 @@ class _Machine:
         job = self.run.next_job()
         if job is not None:
             self.hand.append(job)
-            boot.send(wire.CHANNEL, json.dumps({"job": job.group, "only": list(job.indices)}).encode() + b"\n")
+            order = {"job": job.group, "only": list(job.indices), "careful": job.careful}
+            boot.send(wire.CHANNEL, json.dumps(order).encode() + b"\n")
 
     def _finished(self, index: int) -> None:
         job = self.hand[0]
@@ -407,6 +411,8 @@ class _Machine:
         job.indices.popleft()
         if not job.indices:
             self.hand.popleft()
+            if job.suspicion:  # gone through one by one, and nothing happened: the first is named for all
+                self.run.splat(job.first, f"{job.suspicion}; not seen again when its Cases ran one by one")
 
     def _running(self) -> int | None:
         return self.hand[0].indices[0] if self.hand and self.hand[0].indices else None
@@ -436,12 +442,17 @@ class _Machine:
         if not self.begun or index is None:
             title = f": {splats[0].title}" if splats else ""
             raise LostError(f"{run.cell.name}: {error or 'silence'} before the suite began{title}; console: {console}")
-        if splats or hung:
-            title = splats[0].title if splats else f"the kernel fell silent for {SILENCE_LIMIT:g} s"
-            self.hand[0].indices.popleft()
-            run.splat(index, f"{title}; console: {console}")
+        job = self.hand[0]
+        what = splats[0].title if splats else f"the kernel fell silent for {SILENCE_LIMIT:g} s" if hung else ""
+        if not job.careful:  # which of the last Cases it was, a second run tells
+            job.careful, job.first = True, index
+            job.suspicion = f"{what}; console: {console}" if what else ""
+        elif what:
+            job.indices.popleft()
+            job.suspicion = ""
+            run.splat(index, f"{what}; console: {console}")
         elif not run.lost(index, f"{error}; console: {console}"):
-            self.hand[0].indices.popleft()
+            job.indices.popleft()
         run._progress(f"{run.cell.name}: machine lost ({str(error).splitlines()[0]}); the rest goes to a fresh one")
 
 

@@ -1,15 +1,17 @@
 """What the runner inside the lab and the planner outside say to each other: one line a message, over one channel.
 
     outside -> inside                        inside -> outside
-    {"job": G, "only": [I, ...] | null}      hello {...}       the KVM that was found (Host.to_json and its CPUID)
-    {"probe": true}                          no-kvm TEXT       none that can be used
+    {"job": G, "only": [I, ...] | null,      hello {...}       the KVM that was found (its name and CPUID)
+     "careful": bool}                        no-kvm TEXT       none that can be used
+    {"probe": true}                          probed {...}      what it can do (Host.to_json)
     {"end": true}                            + I CHECKS ALLOWED SECONDS   Case I of the plan agreed
                                              - I {...}         a Finding that is not clean
                                              splat I {...}     the kernel log spoke up while Case I ran
                                              done G            job G is finished
                                              fault TEXT        the runner itself failed
 
-A line appears as soon as its Case is finished: the running one is the next in the order of the job.
+Lines arrive in the order of the job, a few Cases late; in a ``careful`` job each as soon as its Case is finished, so
+that the running one is the next.
 """
 
 from __future__ import annotations

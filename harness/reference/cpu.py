@@ -44,6 +44,14 @@ class ModelError(Exception):
     """The Case is outside of what the model knows, or depends on what the architecture leaves undefined."""
 
 
+def _apx_level(profile: CpuProfile) -> int:
+    """The decoder's ``apx`` while APX is enabled. Without leaf 29H (not in the first revisions of APX) all of it."""
+    if "apx" not in profile.features:
+        return 0
+    leaf = profile.leaf(0x29)
+    return 1 if leaf is None or leaf.ebx & 1 else 2
+
+
 class Cpu:
     """The whole architectural state, writable, with what follows from it (mode, code size, stack size) kept at hand.
 
@@ -99,6 +107,9 @@ class Cpu:
         self.pending_exits, self.reads, self.retired = [], 0, 0
         self.repeat, self.trap_bits = False, 0
         self.unseen_msrs: dict[int, int] = {}
+        self.xrstor_area = -1
+        """Linear address of the area that the last XRSTOR loaded, for the modified optimization (SDM vol. 1 13.5.6)."""
+        self.apx_level = _apx_level(self.profile)
         self.mem: Memory = Memory(self)
         self.load_state(case.start)
 
@@ -146,7 +157,7 @@ class Cpu:
         self.stack_bits = 64 if self.long64 else 32 if ss.db and not self.vm86 else 16
         # CPL is the DPL of SS (SDM vol. 3C 26.3.1.2: guest SS.DPL); 0 in real mode, 3 in virtual-8086 mode.
         self.cpl = 0 if not self.pe else 3 if self.vm86 else ss.dpl
-        self.apx = bool("apx" in self.features and self.cr4 >> 18 & 1 and self.xcr0 & APX_XCR0)
+        self.apx = self.apx_level if self.cr4 >> 18 & 1 and self.xcr0 & APX_XCR0 else 0
         self.lin_bits = 57 if self.cr4 >> 12 & 1 else 48
         key = (self.bits, self.apx, cs.base, cs.limit, self.cpl, self.cr0 & 0x80000001, self.cr4, self.efer)
         self.code = self._caches.setdefault(key, {})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from harness.cpuid import CpuProfile
 from harness.reference.cpu import GP, MASK, UD, Fault, ModelError
-from harness.reference.insn import Insn, Row, stack_segment, undefined_opcode
+from harness.reference.insn import EVEX, REX2_ONLY, VEX, Insn, Row, stack_segment, undefined_opcode
 
 if TYPE_CHECKING:
     from harness.reference.table import Entry, Table
@@ -126,7 +126,7 @@ class _Decoder:
             # and the other payload bits nobody says so.
             if self.rex & 8 or self.osz or self.asz or self.rep or self.lock:
                 raise Fault(UD)
-            return 4, b
+            return REX2_ONLY, b
         if b >> 4 in _NO_REX2_ROWS[self.map1] or (not self.map1 and b in _NO_REX2):
             raise Fault(UD)
         return self.map1, b
@@ -138,25 +138,24 @@ class _Decoder:
 
         66, F2, F3, LOCK and REX before the prefix are #UD (SDM vol. 2A 2.3.2-2.3.5, 2.7).
         """
-        if self.code[self.at : self.at + 1] == b"":
-            self.byte()
+        bad = self.osz or bool(self.rep) or self.lock or self.rex >= 0
+        p0 = self.byte()
         if b == 0xC5:
             self.unknown("VEX encoding")
-        bad = self.osz or bool(self.rep) or self.lock or self.rex >= 0
-        p0, p1 = self.byte(), self.byte()
+        p1 = self.byte()
         wide = self.bits == 64
         self.pp, self.v = p1 & 3, ~p1 >> 3 & (15 if wide else 7)
         self.rex = p1 >> 4 & 8 | (~p0 >> 5 & 7 if wide else 0)
         if b == 0xC4:
             self.vex, self.map, self.long = True, p0 & 31, p1 >> 2 & 1
-            return self.gpr_opcode(0x10, bad)
+            return self.gpr_opcode(VEX, bad)
         self.evex, self.map = True, p0 & 7
         self.p2 = self.byte()
         self.v |= ~self.p2 << 1 & 16
         self.ext = [~p0 >> 4 & 1, ~p1 >> 2 & 1, p0 >> 3 & 1]
         if self.map == 4 and (not wide or not self.apx):
             raise Fault(UD)
-        return self.gpr_opcode(0x20, bad)
+        return self.gpr_opcode(EVEX, bad)
 
     def gpr_opcode(self, base: int, bad: bool) -> tuple[int, int]:
         key = base + self.map, self.byte()
@@ -216,7 +215,7 @@ class _Decoder:
 
     def pick(self, map_: int, b: int) -> Row:
         """The row for the opcode; needs the ModRM byte only to look at it."""
-        if map_ >= 0x10:
+        if map_ >= VEX:
             return self.pick_extended(map_, b)
         peek = self.code[self.at] if self.at < len(self.code) else -1
         known = False

@@ -20,7 +20,7 @@ _NO_TRAP: Final = frozenset({"int", "int3", "into", "int1", "icebp", "syscall", 
 
 @lru_cache(maxsize=1 << 16)
 def compile_code(
-    code: bytes, bits: int, features: frozenset[str], amd: bool, apx: bool
+    code: bytes, bits: int, features: frozenset[str], amd: bool, apx: int
 ) -> tuple[Insn, Operation, bool, bool]:
     """Decode and compile the instruction at the start of ``code``: (insn, operation, no trap, REP string)."""
     insn = decode(code, None, bits, features=features, amd=amd, apx=apx)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
 Operation: TypeAlias = "Callable[[Cpu], None]"
+REX2_ONLY, VEX, EVEX = 4, 0x10, 0x20
+"""Opcode maps past the legacy ones (0-3): what only REX2 has (JMPABS); VEX and EVEX maps on top of these bases."""
 FLAG_LETTERS: Final = {"O": OF, "S": SF, "Z": ZF, "A": AF, "P": PF, "C": CF, "D": 0x400, "I": 0x200}
 
 
@@ -34,14 +36,18 @@ class Row:
     ``opcode`` is the manual's notation: optional mandatory prefix (``66``, ``F2``, ``F3``; ``NP``: none of them may be
     there; ``NR``: neither F2 nor F3), opcode bytes, ``+r`` for a register in the low three bits, ``/0``..``/7`` for an
     extension in ModRM.reg, ``/r`` for a ModRM byte, ``/r:m`` or ``/0:r`` to demand memory or register in ModRM.rm, or a
-    whole ModRM byte after ``=`` (``0F 01 =D0``). ``REX2``: the opcode exists only with that prefix. ``VEX`` and ``EVEX``
-    carry what the prefix holds, parted by dots: a mandatory prefix (``66``, ``F2``, ``F3``; none: NP, and 66 where an
-    operand follows the operand size), the map (``M2``, ``M3``; EVEX without one is map 4), and how EVEX.ND and EVEX.NF
-    may be (absent: 0; ``ND``, ``NF``: either; ``ND1``, ``NF1``: 1; ``ZU``: ND zeroes the register's upper part;
-    ``SCC``: CCMP and CTEST, whose payload has a condition and default flags instead).  ``writes``, ``undefined``: status flags written, left undefined.
-    ``size``: ``v`` by prefixes, ``d64`` 64 by default in 64-bit mode (no 32), ``f64`` always 64 there, ``n64`` near
-    branch (64 there; AMD honours 66), ``y`` 64 with W in 64-bit mode, else 32.  ``modes``: ``all``, ``64``, ``no64``. ``feature``: CPUID name, #UD without it.
-    ``lock``: LOCK is valid when the first operand is memory. ``rex2``: a REX2 prefix is allowed. ``operation`` compiles an Insn to a function of the Cpu.
+    whole ModRM byte after ``=`` (``0F 01 =D0``). ``REX2``: the opcode exists only with that prefix.
+
+    ``VEX`` and ``EVEX`` carry what the prefix holds, parted by dots: a mandatory prefix (``66``, ``F2``, ``F3``; none:
+    NP, and 66 where an operand follows the operand size), the map (``M2``, ``M3``; EVEX without one is map 4), and how
+    EVEX.ND and EVEX.NF may be (absent: 0; ``ND``, ``NF``: either; ``ND1``, ``NF1``: 1; ``ZU``: ND zeroes the upper part
+    of the register; ``SCC``: CCMP and CTEST, whose payload has a condition and default flags instead).
+
+    ``writes``, ``undefined``: status flags written, left undefined.  ``size``: ``v`` by prefixes, ``d64`` 64 by default
+    in 64-bit mode (no 32), ``f64`` always 64 there, ``n64`` near branch (64 there; AMD honours 66), ``y`` 64 with W in
+    64-bit mode, else 32.  ``modes``: ``all``, ``64``, ``no64``. ``feature``: CPUID name, #UD without it. ``lock``: LOCK
+    is valid when the first operand is memory. ``rex2``: a REX2 prefix is allowed. ``operation`` compiles an Insn to a
+    function of the Cpu.
     """
 
     mnemonic: str
@@ -189,6 +195,13 @@ class Insn:
         if kind == "R" or (kind == "E" and self.mod == 3):
             return self.sizes[n], self.rm
         return None
+
+    def register(self, n: int) -> tuple[int, int]:
+        """(size, number) of operand ``n``, which must be a GPR."""
+        place = self._location(n)
+        if place is None:
+            raise ValueError(f"{self.row.mnemonic}: operand {n} is no register")
+        return place
 
     def is_memory(self, n: int) -> bool:
         """Whether operand ``n`` is in memory."""

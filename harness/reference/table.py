@@ -11,13 +11,11 @@ from harness.reference.apx import APX_ROWS
 from harness.reference.bmi import BMI_ROWS
 from harness.reference.data import DATA_ROWS
 from harness.reference.flow import FLOW_ROWS
-from harness.reference.insn import Row
+from harness.reference.insn import EVEX, REX2_ONLY, VEX, Row
 from harness.reference.shift import SHIFT_ROWS
 from harness.reference.system import SYSTEM_ROWS
 from harness.reference.xsave import XSAVE_ROWS
 
-REX2_ONLY, VEX, EVEX = 4, 0x10, 0x20
-"""Opcode maps in :class:`Entry`: 0-3 legacy; 4 what only REX2 has (JMPABS); VEX and EVEX maps on top of these bases."""
 _PREFIX_TEST: Final[dict[str, Callable[[bool, int], bool]]] = {
     "NP": lambda osz, rep: not rep and not osz,
     "NR": lambda osz, rep: not rep,
@@ -32,7 +30,11 @@ _PP: Final = {"66": 1, "F3": 2, "F2": 3}
 
 @dataclass(slots=True)
 class Entry:
-    """A Row with its opcode text taken apart."""
+    """A Row with its opcode text taken apart.
+
+    ``map`` is 0-3 for the legacy maps, REX2_ONLY, or the prefix's map on top of VEX or EVEX. ``pps``, ``nd``, ``nf``:
+    what a VEX or EVEX prefix may hold ("*": either).
+    """
 
     row: Row
     map: int
@@ -149,5 +151,7 @@ class Table:
         return self._entries.get(id(row))
 
 
-ROWS: Final[list[Row]] = [*ALU_ROWS, *SHIFT_ROWS, *DATA_ROWS, *FLOW_ROWS, *SYSTEM_ROWS, *BMI_ROWS, *XSAVE_ROWS, *APX_ROWS]
+ROWS: Final[list[Row]] = [
+    *ALU_ROWS, *SHIFT_ROWS, *DATA_ROWS, *FLOW_ROWS, *BMI_ROWS, *APX_ROWS, *SYSTEM_ROWS, *XSAVE_ROWS,
+]  # fmt: skip
 TABLE: Final = Table(ROWS)

@@ -252,7 +252,7 @@ static void hex(char *to, const uint8_t *data, size_t size)
 		sprintf(to + 2 * i, "%02x", data[i]);
 }
 
-/* Put the exit into words, answer its read; 1: an operation is pending, 2: the run ends here. */
+/* Put the exit into words, answer its read; 1: an operation is pending, 2: the run ends here, 3: a step is done. */
 static int describe(char *to, size_t room)
 {
 	char bytes[2 * 4096 + 1] = "";
@@ -284,7 +284,7 @@ static int describe(char *to, size_t room)
 	case KVM_EXIT_DEBUG:
 		snprintf(to, room, "debug exception 0x%x pc 0x%" PRIx64 " dr6 0x%" PRIx64,
 				run->debug.arch.exception, (uint64_t)run->debug.arch.pc, (uint64_t)run->debug.arch.dr6);
-		return 0;
+		return 3;
 	case KVM_EXIT_SHUTDOWN:
 		snprintf(to, room, "shutdown");
 		return 2;
@@ -376,7 +376,9 @@ static void seen(const char *words)
 	}
 }
 
-/* Up to limit exits, as far as one that ends the run; 1: it has ended. */
+static int stepping;
+
+/* Up to limit exits, as far as one that ends the run (or the step); 1: it has ended. */
 static int run_guest(int limit, int completing)
 {
 	static char words[2 * 4096 + 256];
@@ -390,7 +392,7 @@ static int run_guest(int limit, int completing)
 		what = describe(words, sizeof(words));
 		further = what == 1 && completing && complete();
 		seen(words);
-		if (what == 2 || ++done >= limit || (what == 1 && !completing))
+		if (what == 2 || (what == 3 && stepping) || ++done >= limit || (what == 1 && !completing))
 			return what == 2;
 	}
 }
@@ -415,8 +417,10 @@ static void step(int count)
 	struct kvm_guest_debug debug = { .control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP };
 
 	DO(vcpu_fd, KVM_SET_GUEST_DEBUG, &debug);
-	while (count-- && !run_guest(1, 1))
+	stepping = 1;
+	while (count-- && !run_guest(64, 1)) /* an instruction may leave for a device before its step is reported */
 		;
+	stepping = 0;
 	memset(&debug, 0, sizeof(debug));
 	DO(vcpu_fd, KVM_SET_GUEST_DEBUG, &debug);
 }

@@ -42,10 +42,11 @@ class EmitError(Exception):
     """This Case cannot be written as a C file; the text names the action or register that stands in the way."""
 
 
-def emit_c(case: Case, difference: Difference | None, host: str) -> str:
+def emit_c(case: Case, difference: Difference | None, host: str, again: str | None = None) -> str:
     """The C source that reproduces ``case``, and judges it at ``difference`` (without one it only shows the exits).
 
-    ``host`` is the line about the machine where it was seen. The file needs <linux/kvm.h> of Linux 6.1 and libc.
+    ``host`` is the line about the machine where it was seen, ``again`` what ``kvm-harness replay`` is to be given for
+    the same (the Case's id if left out). The file needs <linux/kvm.h> of Linux 6.1 and libc.
     Raises EmitError where an action or a register has no C form.
     """
     last = len(case.actions) if difference is None else difference.action + 1
@@ -54,7 +55,8 @@ def emit_c(case: Case, difference: Difference | None, host: str) -> str:
     check = _check(case, difference)
     start = _set_start(case)
     parts = [
-        _header(case, difference, host), c_parts.INCLUDES, _constants(case, difference), c_parts.TYPES,
+        _header(case, difference, host, again or case.id),
+        c_parts.INCLUDES, _constants(case, difference), c_parts.TYPES,
         memory_c(case, difference), _cpuid(case), c_parts.MACHINE.replace("@SHAPE@", _shape(case)),
     ]  # fmt: skip
     parts += _helpers(start + check + body)
@@ -68,9 +70,8 @@ def emit_c(case: Case, difference: Difference | None, host: str) -> str:
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
 
-def _header(case: Case, difference: Difference | None, host: str) -> str:
-    name = f"{case.name}, kvm-harness case {case.id}"
-    lines = [name, ""]
+def _header(case: Case, difference: Difference | None, host: str, again: str) -> str:
+    lines = [f"{case.name}, a case of kvm-harness", ""]
     if difference is not None:
         lines += [*textwrap.wrap(f"At exit {difference.index}: {_summary(difference)}", 96), ""]
     code = listing(case, difference)
@@ -78,7 +79,7 @@ def _header(case: Case, difference: Difference | None, host: str) -> str:
     lines += textwrap.wrap(f"Seen on: {host}", 96)
     lines += ["", "Compile and run: gcc -O2 -Wall -Wextra -o repro THIS_FILE.c && ./repro",
               "Exit status: 1 the defect shows, 0 it does not, 2 it could not be tried.",
-              f"The same under the harness: kvm-harness replay {case.id}"]  # fmt: skip
+              f"The same under the harness: kvm-harness replay {again}"]  # fmt: skip
     return "/*\n" + "\n".join(f" * {comment(line)}".rstrip() for line in lines) + "\n */"
 
 

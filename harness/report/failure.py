@@ -29,11 +29,11 @@ _MAX_INSNS: Final = 24
 _MAX_RUNS: Final = 8
 
 
-def failure_text(case: Case, difference: Difference, host: str) -> str:
+def failure_text(case: Case, difference: Difference, host: str, again: str | None = None) -> str:
     """Everything about one failure, lines of at most 100 columns, ending in the command that replays it.
 
     In order: case, guest source line, exit, what differs (and only that), disassembly, start values of the registers
-    that the code uses, host.
+    that the code uses, host. ``again`` is what that command names: the Case's id, or the file that holds it.
     """
     code = listing(case, difference)
     out = [*_labelled("case", f"{case.name}  [{case.id}]"), *_guest(case, difference), *_exit(case, difference)]
@@ -44,7 +44,7 @@ def failure_text(case: Case, difference: Difference, host: str) -> str:
     if code:
         out += ["", "code", *(f"  {line}"[:WIDTH].rstrip() for line in _code_lines(code, case, difference))]
     out += ["", *_start(case, difference, code), "", *_labelled("host", host)]
-    return "\n".join([*out, f"kvm-harness replay {case.id}"])
+    return "\n".join([*out, f"kvm-harness replay {again or case.id}"])
 
 
 def _labelled(label: str, text: str) -> list[str]:

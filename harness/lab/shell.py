@@ -1,0 +1,54 @@
+"""A shell inside the lab: the console of the machine on this terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import tempfile
+import termios
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from harness.lab.boot import Boot
+from harness.lab.bootspec import CONSOLE
+from harness.lab.errors import LabInputError
+from harness.lab.session import Cell, runner_payload
+
+_LEAVE: Final = b"\x1d"  # Ctrl-]
+_START: Final = b"""#!/bin/sh
+export PYTHONPATH=/payload TERM=linux HOME=/tmp
+echo "kvm-harness: /dev/kvm is $(ls -l /dev/kvm 2>&1); python3 finds the harness; exit or Ctrl-] ends the machine"
+exec setsid -c sh -i
+"""
+
+
+def interactive(cell: Cell) -> int:
+    """Boot ``cell`` and connect this terminal with its console, until the shell ends or Ctrl-] is typed."""
+    if not sys.stdin.isatty():
+        raise LabInputError("lab shell needs a terminal on stdin")
+    disks = [runner_payload(start=_START)]
+    with tempfile.TemporaryDirectory(prefix="kvm-harness-") as folder:
+        with Boot(cell.spec(disks), Path(folder), print) as boot, _raw():
+            while boot.ending is None:
+                if (data := boot.read(CONSOLE, 0.02)) is not None:
+                    os.write(1, data)
+                if select.select([0], [], [], 0)[0]:
+                    typed = os.read(0, 4096)
+                    if not typed or _LEAVE in typed:
+                        break
+                    boot.send(CONSOLE, typed)
+    return 0
+
+
+@contextlib.contextmanager
+def _raw() -> Iterator[None]:
+    before = termios.tcgetattr(0)
+    tty.setraw(0)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)

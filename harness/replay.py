@@ -1,0 +1,102 @@
+"""``kvm-harness replay``: one Case again on this machine's KVM, in full detail or as a C file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.case import Case, CaseError, load_case
+from harness.host import Host
+from harness.journal import OUT
+from harness.judge import Result, Runner
+from harness.known import load_known
+from harness.machine import KvmMachine
+from harness.paths import all_cases
+from harness.reference.cpu import ModelError
+from harness.reference.machine import ReferenceMachine
+from harness.report.emit_c import emit_c
+from harness.report.failure import failure_text
+from harness.report.reduce import reduced
+from harness.report.views import CASES_FOLDER
+from harness.vm import Kvm
+
+_SHORTEST_ID = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """A Case, and the word with which ``replay`` finds it again: its name, or the file it came from."""
+
+    case: Case
+    again: str
+
+
+def find_case(text: str, host: Host) -> Found:
+    """A Case by file, by id (or the start of one) or by name. CaseError when there is none."""
+    path = Path(text)
+    if path.is_dir():
+        raise CaseError(f"{path}: is a folder; give one of its .json files")
+    if path.suffix == ".json" or path.is_file():
+        return Found(load_case(path), text)
+    for kept in sorted(OUT.glob(f"*/{CASES_FOLDER}/{text}*.json")) if len(text) >= _SHORTEST_ID else ():
+        return Found(load_case(kept), str(kept))
+    suite = all_cases(host.profile)
+    found = [c for c in suite if c.name == text]
+    if not found and len(text) >= _SHORTEST_ID:
+        found = [c for c in suite if c.id.startswith(text)]
+    if not found:
+        raise CaseError(
+            f"no Case with id or name {text!r} on this host; journal.jsonl in a run's folder has the names of all, "
+            f"{CASES_FOLDER}/ beside it the files of those that failed"
+        )
+    return Found(found[0], found[0].name)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one Case showed on this machine's KVM."""
+
+    case: Case
+    again: str
+    host: str
+    result: Result
+    _lockstep: Callable[[Case], Result]
+
+    def text(self) -> str:
+        """The result in full detail."""
+        result = self.result
+        head = f"{self.case.name} {self.case.id}: {result.verdict.value}, {result.checks} checks {result.summary}"
+        if result.difference is None:
+            return head.rstrip()
+        return f"{head}\n{failure_text(self.case, result.difference, self.host, shlex.quote(self.again))}"
+
+    def c_source(self) -> str:
+        """The Case as a C file, without the RAM that it does not need. EmitError when it has no C form."""
+        smaller, difference = reduced(self.case, self.result.difference, lambda c: self._lockstep(c).difference)
+        return emit_c(smaller, difference, self.host, shlex.quote(self.again))
+
+
+def replay(text: str, device: Path, use: Callable[[Replay], None]) -> Result:
+    """Run the Case that ``text`` names and hand what it showed to ``use``, while the KVM is open.
+
+    Raises KvmUnusableError, CaseError, KnownError; ModelError, with the Case's name, when the model cannot run it.
+    """
+    with Kvm(device) as kvm, KvmMachine(kvm) as machine:
+        host = Host(kvm)
+        try:
+            found = find_case(text, host)
+            runner = Runner(machine, host, load_known())
+
+            def once(case: Case) -> Result:
+                return runner.run(case, ReferenceMachine())
+
+            try:
+                result = once(found.case)
+            except ModelError as error:
+                raise ModelError(f"{found.case.name}: the model cannot run this guest: {error}") from error
+            use(Replay(found.case, found.again, host.describe(), result, once))
+            return result
+        finally:
+            host.close()

@@ -1,0 +1,48 @@
+"""A run as plain text: what is not as it should be, and the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from harness.journal import RunResults
+from harness.report.views import (
+    BAD,
+    NOTED,
+    Record,
+    checks,
+    counts_text,
+    reasons,
+    replay_command,
+    title_lines,
+    verdict_of,
+    with_verdict,
+)
+from harness.verdict import Verdict
+
+_TITLES = (
+    (Verdict.UNSUPPORTED, "not possible on this host"), (Verdict.HEALED, "healed"),
+    (Verdict.KNOWN, "known divergence"),
+)  # fmt: skip
+
+
+def summary_lines(records: Sequence[Record]) -> list[str]:
+    """What a run came to: counts by verdict, every limit of the host once with its count, known divergences."""
+    if not records:
+        return []
+    lines = [f"{len(records)} cases, {checks(records)} checks: {counts_text(records)}"]
+    for verdict, title in _TITLES:
+        lines += [f"  {title}: {count:5d} × {reason}" for reason, count in reasons(records, verdict)]
+    return lines
+
+
+def text_report(run: RunResults) -> str:
+    """The whole view: each Case that neither agrees nor is a limit of the host, with the command that shows it."""
+    return "\n".join([*title_lines(run), *_cases(run), *summary_lines(run.records)]) + "\n"
+
+
+def _cases(run: RunResults) -> Iterator[str]:
+    for record in with_verdict(run.records, *BAD, *NOTED):
+        cell = f" [{run.cell(record)}]" if len(run.cells) > 1 else ""
+        yield f"{record['verdict']:10s} {record['id']} {record['case']}{cell}: {record['summary']}"
+        if verdict_of(record) in BAD:
+            yield f"{'':10s} {replay_command(run, record)}"

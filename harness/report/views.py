@@ -1,0 +1,72 @@
+"""What every view of a run has in common: how records are counted, grouped and named."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from harness.journal import RunResults
+from harness.verdict import Verdict
+
+Record = Mapping[str, Any]
+"""One finished Case, as harness/runner.py writes it into the journal."""
+
+CASES_FOLDER: Final = "cases"
+"""Beside the journal: the Cases that failed, as files that ``replay`` takes."""
+BAD: Final = (Verdict.SPLAT, Verdict.MISMATCH, Verdict.REGRESSED, Verdict.LOST)
+NOTED: Final = (Verdict.HEALED, Verdict.SUSPECT, Verdict.KNOWN)
+"""Neither agrees nor fails: told case by case."""
+
+_LACKS: Final = re.compile(r"(emulator lacks .*) in [\w-]+$")  # one line an instruction, not one a mode
+
+
+def verdict_of(record: Record) -> Verdict:
+    """The verdict of a record."""
+    return Verdict(record["verdict"])
+
+
+def counts_text(records: Sequence[Record]) -> str:
+    """``3 mismatch, 7183 unsupported, 20600 agree``: by precedence, without those that did not occur."""
+    found = Counter(r["verdict"] for r in records)
+    return ", ".join(f"{found[v.value]} {v.value}" for v in Verdict if found[v.value])
+
+
+def checks(records: Iterable[Record]) -> int:
+    """Comparisons of the whole visible state that were made."""
+    return sum(int(r["checks"]) for r in records)
+
+
+def with_verdict(records: Iterable[Record], *verdicts: Verdict) -> list[Record]:
+    """The records with one of these verdicts: by precedence, then as they came."""
+    order = {v: n for n, v in enumerate(Verdict)}
+    return sorted((r for r in records if verdict_of(r) in verdicts), key=lambda r: order[verdict_of(r)])
+
+
+def reasons(records: Iterable[Record], verdict: Verdict) -> list[tuple[str, int]]:
+    """(what is said, how often) for one verdict, most frequent first. Of a known divergence that is its name."""
+    summaries = (r["summary"] for r in records if verdict_of(r) is verdict)
+    if verdict is Verdict.KNOWN:
+        return Counter(s.split(":")[0] for s in summaries).most_common()
+    return Counter(_LACKS.sub(r"\1", s) for s in summaries).most_common()
+
+
+def family_and_mode(name: str) -> tuple[str, str]:
+    """``gpr/mov@long#0`` -> ``("gpr", "long")``; an empty string for a part that the name does not have."""
+    rest, _, tail = name.partition("@")
+    family, slash, _ = rest.partition("/")
+    return family if slash else "", tail.partition("#")[0]
+
+
+def replay_command(run: RunResults, record: Record) -> str:
+    """The command that runs this Case again: by its file where the run has kept it."""
+    kept = run.folder / CASES_FOLDER / f"{record['id']}.json"
+    return f"kvm-harness replay {shlex.quote(str(kept)) if kept.exists() else record['id']}"
+
+
+def title_lines(run: RunResults) -> list[str]:
+    """Where, when and in which cells the run was."""
+    lines = [f"{run.header.get('host', 'unknown host')}, started {run.header.get('started', 'unknown')}"]
+    return lines + [f"cell {cell}" for cell in run.cells if cell]
