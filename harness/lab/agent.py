@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -24,7 +25,10 @@ from harness.vm import Kvm, KvmUnusableError
 
 CASE_LIMIT: Final = 5.0
 """Seconds that one KVM_RUN may take here: emulated, the longest guest takes a fraction of one."""
-FLUSH: Final = 0.05
+FLUSH: Final = 0.2
+_ALARM: Final = re.compile(
+    r"cut here|WARNING|BUG|Oops|protection fault|KASAN|UBSAN|KCSAN|KMSAN|deadlock|lock|INFO: |stall|panic|Call Trace"
+)
 _DEBUGFS: Final = Path("/sys/kernel/debug")
 
 
@@ -36,14 +40,18 @@ class KernelLog:
         os.lseek(self._fd, 0, os.SEEK_END)
 
     def news(self) -> str:
-        """Lines since the last call, without their prefixes; empty when there are none. One read when quiet."""
+        """A splat's lines since the last call, without their prefixes; empty when there is none. One read when quiet.
+
+        Only how it may begin is known here; what is one, harness/lab/splat.py decides.
+        """
         try:
-            data = os.read(self._fd, 8192)
+            while not _ALARM.search(first := _text(os.read(self._fd, 8192))):
+                pass
         except BlockingIOError:
             return ""
         except BrokenPipeError:  # records were overwritten before they were read
-            data = b"0,0,0;(kernel log overflowed)"
-        lines = [_text(data)]
+            first = "(kernel log overflowed)"
+        lines = [first]
         quiet_since = time.monotonic()
         while time.monotonic() - quiet_since < 0.2:  # a splat comes in many records: wait for its end
             try:

@@ -26,12 +26,14 @@ PYTHON: Final = "cpython-311"
 """Cache tag of the image's Python, which loads byte code of this tag at once if its header says ``unchecked-hash``."""
 RECIPE: Final = Path(__file__).resolve().parents[2] / "ci" / "qemu" / "image"
 
-# gzip is in the header of an uncompressed squashfs too; every kernel with squashfs has it unless told otherwise.
+_VERSION: Final = "2"  # part of every key: raise it when this module makes something else of the same parts
+# Uncompressed, but the header names a compressor, which the kernel must have: ours and Debian's have zstd.
 _SQUASHFS: Final = (
-    "-comp", "gzip", "-noI", "-noD", "-noF", "-noX", "-no-xattrs",
+    "-comp", "zstd", "-noI", "-noD", "-noF", "-noX", "-no-xattrs",
     "-all-root", "-no-progress", "-quiet",
 )  # fmt: skip
 _MERGED_USR: Final = 'for d in bin sbin lib lib64; do mkdir -p "$1/usr/$d"; ln -s "usr/$d" "$1/$d"; done'
+_INIT: Final = "/usr/sbin/kvm-harness-init"
 _START: Final = "start"
 
 
@@ -50,7 +52,7 @@ def base_image(progress: Progress = cache.quiet) -> Image:
     """
     parts = [RECIPE / name for name in ("packages", "finish", "init")]
     try:
-        key = digest(SUITE, *_SQUASHFS, _MERGED_USR, *parts)
+        key = digest(SUITE, _VERSION, *parts)
     except OSError as error:
         raise LabError(f"{error.filename}: {error.strerror}: the image's recipe is not where it was") from error
 
@@ -84,7 +86,7 @@ def payload(files: Mapping[str, Path | bytes], progress: Progress = cache.quiet)
         except OSError as error:
             raise LabInputError(f"{error.filename}: {error.strerror}: cannot become a file of the payload") from error
         contents[path] = (data, executable)
-    key = digest(*_SQUASHFS, *(p for path, (data, x) in sorted(contents.items()) for p in (str(path), data, str(x))))
+    key = digest(_VERSION, *(p for path, (data, x) in sorted(contents.items()) for p in (str(path), data, str(x))))
 
     def make(folder: Path) -> None:
         progress(f"packing a payload of {len(contents)} files")
@@ -114,8 +116,10 @@ def _bootstrap(archive: Path, folder: Path) -> None:
         f"--architectures={debian.ARCHITECTURE}", f"--include={included}",
         "--aptopt=APT::Install-Recommends false", "--aptopt=Acquire::Retries 3",
         f"--setup-hook={_MERGED_USR}",
-        f"--extract-hook={RECIPE / 'finish'}",
-        f"--extract-hook=upload {RECIPE / 'init'} /usr/sbin/kvm-harness-init",
+        # As text and by upload: in a user namespace, root may not be let into the user's checkout.
+        f"--extract-hook={(RECIPE / 'finish').read_text()}",
+        f"--extract-hook=upload {RECIPE / 'init'} {_INIT}",
+        f'--extract-hook=chmod 755 "$1"{_INIT}',
         f"--extract-hook=download /usr/share/kvm-harness/packages {folder / 'packages'}",
         SUITE, str(archive), mirror,
     ])  # fmt: skip

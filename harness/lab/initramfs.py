@@ -35,7 +35,14 @@ load() {
     done
     busybox insmod "/modules/$1.ko" $parameters
 }
+while read -r name _ flags; do
+    [ "$name" = flags ] && break
+done < /proc/cpuinfo
 for module in LIST; do
+    case "$module $flags " in
+    kvm_amd*" svm "* | kvm_intel*" vmx "*) ;;
+    kvm_amd* | kvm_intel*) continue ;;
+    esac
     load $module || case $module in kvm*) echo "kvm-harness-init: no KVM: $module cannot be loaded" ;; esac
 done
 busybox umount /proc

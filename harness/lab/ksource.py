@@ -40,7 +40,8 @@ _PRODUCTS: Final = (".o", ".ko", ".a", ".cmd", ".mod", ".order", ".symvers", ".d
 def debian_source(series: str, progress: Progress = quiet) -> Path:
     """The unpacked source of Debian's kernel of a series (``"6.1"``, ``"6.12"``, ``"7.3"``) in the cache.
 
-    Do not change what is in there. Raises LabInputError for a series that Debian's archive is not known to have, LabError when it cannot be fetched.
+    Do not change what is in there. Raises LabInputError for a series that Debian is not known to have, LabError when it
+    cannot be fetched.
     """
     if series not in _SUITES:
         raise LabInputError(f"Debian's source of Linux {series} is not known here: choose one of {', '.join(_SUITES)}")

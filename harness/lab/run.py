@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from harness.journal import Journal
+from harness.journal import Journal, read_run
 from harness.judge import Result
 from harness.known import load_known
 from harness.lab.cache import Progress
@@ -20,6 +20,8 @@ from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile, write_profile
 from harness.lab.session import Cell, CellRun
 from harness.report.failure import failure_text
+from harness.report.junit import junit_report
+from harness.report.ktap import ktap_report
 from harness.report.text import summary_lines
 from harness.selection import matcher
 from harness.verdict import Verdict, exit_status
@@ -135,6 +137,13 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     return outcome
 
 
+def write_reports(folder: Path) -> None:
+    """JUnit and KTAP views of a cell's journal, beside it."""
+    run = read_run(folder)
+    (folder / "junit.xml").write_text(junit_report(run))
+    (folder / "results.ktap").write_text(ktap_report(run))
+
+
 def regressions(profile: Profile, run: CellRun) -> list[str]:
     """What the checked-in profile has and the running KVM did not show."""
     return profile.lost(run.probed) if run.probed is not None else []
@@ -224,6 +233,7 @@ def run_cells(cells: Sequence[Cell], out: Path, options: Options, say: Say, stat
         outcomes.append(outcome)
         for line in cell_lines(outcome):
             say(line)
+        write_reports(folder)
         if options.fail_fast and outcome.status:
             break
     if len(outcomes) > 1:

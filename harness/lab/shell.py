@@ -31,16 +31,19 @@ def interactive(cell: Cell) -> int:
     if not sys.stdin.isatty():
         raise LabInputError("lab shell needs a terminal on stdin")
     disks = [runner_payload(start=_START)]
-    with tempfile.TemporaryDirectory(prefix="kvm-harness-") as folder:
-        with Boot(cell.spec(disks), Path(folder), print) as boot, _raw():
-            while boot.ending is None:
-                if (data := boot.read(CONSOLE, 0.02)) is not None:
-                    os.write(1, data)
-                if select.select([0], [], [], 0)[0]:
-                    typed = os.read(0, 4096)
-                    if not typed or _LEAVE in typed:
-                        break
-                    boot.send(CONSOLE, typed)
+    with (
+        tempfile.TemporaryDirectory(prefix="kvm-harness-") as folder,
+        Boot(cell.spec(disks), Path(folder), print) as boot,
+        _raw(),
+    ):
+        while boot.ending is None:
+            if (data := boot.read(CONSOLE, 0.02)) is not None:
+                os.write(1, data)
+            if select.select([0], [], [], 0)[0]:
+                typed = os.read(0, 4096)
+                if not typed or _LEAVE in typed:
+                    break
+                boot.send(CONSOLE, typed)
     return 0
 
 

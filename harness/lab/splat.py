@@ -78,9 +78,11 @@ _CUT: Final = re.compile(r"-+\[ cut here \]-+")
 _END: Final = re.compile(r"-+\[ end (?:trace|Kernel panic)")
 _RULE: Final = re.compile(r"={20,}$")
 _STACK_END: Final = re.compile(r" ?</TASK>")
-_WARNING: Final = re.compile(r"WARNING: (?:CPU: \d+ PID: \d+ at )?(.*?)(?:, CPU#\d.*)?$")
+# Linux 6.12: "WARNING: CPU: 0 PID: 1 at FILE:LINE FUNCTION", 7.3: "WARNING: FILE:LINE at FUNCTION, CPU#0: init/1".
+_WARNING: Final = re.compile(r"WARNING: (?:CPU: \d+ PID: \d+ at )?(\S+:\d+)(?: at)? (.*?)(?:, CPU#\d.*)?$")
 _OFFSET: Final = re.compile(r"\+0x[0-9a-f]+/0x[0-9a-f]+")
 _LINES: Final = 300  # of one splat, at most
+_AT_ONCE: Final = 0.001  # seconds between messages of one report
 _GAP: Final = 2.0  # seconds of silence after which a report without an end is over
 
 
@@ -96,22 +98,11 @@ class _Open:
 
     def splat(self) -> Splat:
         title = self.title
-        if self.kind == "warning":
-            said = self._said()
-            match = _WARNING.match(title)
-            where = match[1].replace(" at ", " ") if match else title
-            title = f"WARNING at {where.removeprefix('at ')}" + (f": {said}" if said else "")
-        return Splat(self.kind or "warning", _OFFSET.sub("", title), "\n".join(self.lines), self.seconds)
-
-    def _said(self) -> str:
-        """The text of a WARN(): up to Linux 6.18 it stands before the line with WARNING, later behind it."""
-        if self.title not in self.messages:
-            return ""
-        at = self.messages.index(self.title)
-        behind = self.messages[at + 1 : at + 2]
-        if behind and behind[0].startswith(("Modules linked in:", "CPU: ", "RIP: ", "---[")):
-            behind = []
-        return " ".join(m for m in (*self.messages[1:at], *behind) if m)
+        if self.kind == "warning" and (match := _WARNING.match(title)):
+            # What a WARN() says stands between the line that cuts it off and this one.
+            said = " ".join(self.messages[1 : self.messages.index(title)]).strip()
+            title = f"WARNING at {match[1]} {match[2]}" + (f": {said}" if said else "")
+        return Splat(self.kind, _OFFSET.sub("", title).strip(), "\n".join(self.lines), self.seconds)
 
 
 class SplatScanner:
@@ -122,7 +113,8 @@ class SplatScanner:
         self._done: list[Splat] = []
         self._open: _Open | None = None
         self._stamped = False  # kernel messages have time stamps, so what has none is a program's
-        self._last = 0.0
+        self._last = 0.0  # when the last message came
+        self._before = ("", "")  # that message, with and without its time stamp
 
     @property
     def splats(self) -> list[Splat]:
@@ -138,7 +130,8 @@ class SplatScanner:
 
     def finish(self) -> list[Splat]:
         """The log has ended: all splats."""
-        self.feed("\n")
+        if self._rest:
+            self.feed("\n")
         self._close()
         return self._done
 
@@ -154,14 +147,14 @@ class SplatScanner:
             self._message(line, line, None)
 
     def _message(self, message: str, line: str, seconds: float | None) -> None:
-        if seconds is not None:
-            if self._open is not None and seconds > self._last + _GAP:
-                self._close()
-            self._last = seconds
+        since, self._last = (seconds or 0.0) - self._last, seconds or 0.0
+        if self._open is not None and since > _GAP:
+            self._close()
         if _CUT.match(message):
             self._begin("", "", seconds)
         elif start := _START.match(message):
-            self._started(_STARTS[int(str(start.lastgroup)[1:])][0], message, seconds)
+            self._started(_STARTS[int(str(start.lastgroup)[1:])][0], message, seconds, since)
+        self._before = (line, message)
         if self._open is None:
             return
         self._open.lines.append(line)
@@ -169,20 +162,25 @@ class SplatScanner:
         if self._ends(self._open, message):
             self._close()
 
-    def _started(self, kind: str, message: str, seconds: float | None) -> None:
+    def _started(self, kind: str, message: str, seconds: float | None, since: float) -> None:
         here = self._open
         if here is not None and not here.kind:
             here.kind, here.title = kind, message
         elif here is None or (here.kind, kind) not in _SAME:
             self._begin(kind, message, seconds)
+            if kind == "warning" and here is None and seconds and since < _AT_ONCE and self._open is not None:
+                # In Linux 7.3 the cut is of too low a level for most consoles; this may be what the WARN() says.
+                self._open.lines.append(self._before[0])
+                self._open.messages.append(self._before[1])
 
     def _ends(self, here: _Open, message: str) -> bool:
         if _END.match(message) or len(here.lines) >= _LINES:
             return True
         if here.kind in ("kasan", "ubsan") and _RULE.match(message):
             return True
-        # These have no end of their own but the stack's; in the others more stacks may follow.
-        return here.kind in ("lockdep", "hung", "bug", "msr") and _STACK_END.match(message) is not None
+        # These have no end of their own but the stack's; others have, or more stacks may follow.
+        ends = here.kind in ("lockdep", "hung", "bug", "msr") and not here.title.startswith("kernel BUG")
+        return ends and _STACK_END.match(message) is not None
 
     def _begin(self, kind: str, title: str, seconds: float | None) -> None:
         self._close()
@@ -191,8 +189,8 @@ class SplatScanner:
     def _close(self) -> None:
         if self._open is not None:
             here, self._open = self._open, None
-            if not here.kind:  # only a program prints that line alone
-                here.title = next((m for m in here.messages[1:] if m), here.messages[0])
+            if not here.kind:  # cut off, and then nothing that is known
+                here.kind, here.title = "warning", next((m for m in here.messages[1:] if m), here.messages[0])
             self._done.append(here.splat())
 
 
