@@ -7,7 +7,6 @@ side in harness/lockstep.py.
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -396,7 +395,7 @@ class KvmMachine:
             for gpa, data in pages.items():
                 if slot.gpa <= gpa < slot.gpa + slot.size:
                     expected[gpa - slot.gpa : gpa - slot.gpa + PAGE] = data
-            out += _byte_diff(slot.gpa, bytes(expected), ram[:])
+            out += byte_diff(slot.gpa, bytes(expected), ram[:], ignore)
         return out
 
     def _settled(self, pages: Pages, ignore: Mapping[int, int]) -> dict[int, bytes]:
@@ -440,7 +439,8 @@ class KvmMachine:
 _SET_ORDER: Final = ("xcr0", "sregs2", "msrs", "debugregs", "pkru", "egpr", "events", "regs")
 
 
-def _byte_diff(gpa: int, expected: bytes, got: bytes) -> list[MemoryDiff]:
+def byte_diff(gpa: int, expected: bytes, got: bytes, ignore: Mapping[int, int]) -> list[MemoryDiff]:
+    """Where two images of RAM at ``gpa`` differ, bits of ``ignore`` (byte address -> mask) left aside."""
     out: list[MemoryDiff] = []
     offset = 0
     size = len(expected)
@@ -450,7 +450,7 @@ def _byte_diff(gpa: int, expected: bytes, got: bytes) -> list[MemoryDiff]:
             continue
         end = min(offset + PAGE, size)
         while offset < end:
-            if expected[offset] != got[offset]:
+            if (expected[offset] ^ got[offset]) & ~ignore.get(gpa + offset, 0):
                 stop = min(offset + 16, size)
                 out.append(MemoryDiff(gpa + offset, expected[offset:stop], got[offset:stop]))
                 offset = stop
@@ -458,7 +458,3 @@ def _byte_diff(gpa: int, expected: bytes, got: bytes) -> list[MemoryDiff]:
                 offset += 1
     return out
 
-
-def u64(data: bytes, offset: int = 0) -> int:
-    """A little-endian 64-bit value."""
-    return int(struct.unpack_from("<Q", data, offset)[0])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.case import Case
+from harness.exits import Timeout
 from harness.lab.bare_emulator import BareEmulator
 from harness.lab.errors import LabError
 from harness.lockstep import Difference, exit_text, lockstep
@@ -56,11 +57,16 @@ def same_way(left: Difference, right: Difference) -> bool:
     Where both have the wrong exit, that is all there is to compare. How many exits came before does not count: KVM may
     report several items of port I/O in one.
     """
-    if exit_text(left.got) != exit_text(right.got):
+    if exit_text(left.got) != exit_text(right.got) and not (_hangs(left) and _hangs(right)):
         return False
     if left.exits_differ or right.exits_differ:
         return left.exits_differ and right.exits_differ
     return left.registers == right.registers and left.memory == right.memory
+
+
+def _hangs(found: Difference) -> bool:
+    """It does not come to an exit, whatever the time limit was."""
+    return found.got is not None and isinstance(found.got.exit, Timeout)
 
 
 class Arbiter:

@@ -32,7 +32,7 @@ from harness.cpuid import CpuidEntry, CpuProfile
 from harness.exits import Debug, Exit, Halt, Io, Mmio, Shutdown, Timeout
 from harness.lab.bare_mailbox import Access, EmulatorLike, Mailbox, Operation, Result
 from harness.lab.errors import LostError
-from harness.machine import MemoryDiff, _byte_diff, case_sections
+from harness.machine import MemoryDiff, byte_diff, case_sections
 from harness.state import CpuState, pack_sections, unpack_sections
 
 CPU: Final = "max,+svm"
@@ -283,7 +283,7 @@ class BareEmulator:
                 expected = bytes(laid)
             got = ram[base : base + slot.size]
             if got != expected:
-                out += _byte_diff(slot.gpa, expected, got, ignore)
+                out += byte_diff(slot.gpa, expected, got, ignore)
         return out
 
     def read(self, gpa: int, size: int) -> bytes:

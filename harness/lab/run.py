@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+from harness.case import Case
 from harness.journal import Journal, read_run
 from harness.judge import Result
 from harness.known import load_known
+from harness.lab.bare_arbiter import Arbiter
+from harness.lab.bare_emulator import BareEmulator
 from harness.lab.cache import Progress
-from harness.lab.errors import LabError, LabInputError
+from harness.lab.errors import LabError, LabInputError, LostError
 from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile, write_profile
 from harness.lab.session import Cell, CellRun
+from harness.reference.machine import ReferenceMachine
 from harness.report.failure import failure_text
 from harness.report.junit import junit_report
 from harness.report.ktap import ktap_report
@@ -27,6 +32,8 @@ from harness.selection import matcher
 from harness.verdict import Verdict, exit_status
 
 CASES_FOLDER: Final = "cases"
+BARE: Final = "bare-machine"
+"""Feature of an emulator that can run Cases by itself."""
 _SHOWN: Final = 5  # failures told in full on the terminal; all are in the journal
 
 
@@ -113,9 +120,10 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
                 progress(f"{result.verdict.value}: {result.name}\n{text}\n  case file: {kept}")
         line.update(run)
 
+    arbiter = _Arbitration(cell)
     run = CellRun(
         cell, plan, profile, folder, take, known=load_known(), machines=options.machines,
-        fail_fast=options.fail_fast, progress=line.say(progress),
+        fail_fast=options.fail_fast, arbiter=arbiter, progress=line.say(progress),
     )  # fmt: skip
     try:
         for name, id_, reason in skipped:
@@ -131,10 +139,38 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         journal.append({"lost": str(error)})
     finally:
         line.clear()
+        arbiter.close()
         journal.close()
         outcome.seconds = time.monotonic() - began
         outcome.first_result, outcome.rate = run.tally.first_result, run.tally.rate
     return outcome
+
+
+class _Arbitration:
+    """Whether a mismatch is the emulator's own; it is asked at the first one. Called by any of the cell's threads."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+        self._lock = threading.Lock()
+        self._bare: BareEmulator | None = None
+
+    def __call__(self, case: Case, result: Result) -> Result:
+        """``result``, or *suspect* where the bare emulator differs from the model in the same way."""
+        if result.difference is None or BARE not in self._cell.emulator.features:
+            return result
+        with self._lock:
+            if self._bare is None:
+                self._bare = BareEmulator(self._cell.emulator, cpu=self._cell.configuration.cpu).__enter__()
+            try:
+                why = Arbiter(self._bare, ReferenceMachine()).suspect(case, result.difference)
+            except LostError:
+                why = ""  # the emulator dies of it: no witness
+        return replace(result, verdict=Verdict.SUSPECT, summary=why) if why else result
+
+    def close(self) -> None:
+        """End the emulator."""
+        if self._bare is not None:
+            self._bare.close()
 
 
 def write_reports(folder: Path) -> None:

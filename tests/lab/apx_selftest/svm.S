@@ -1,0 +1,75 @@
+# svm_run(vmcb, in, out): runs a guest with R16-R31 from in[16] until its next #VMEXIT, then stores them to out[16].
+# The instructions of APX are bytes, as an assembler that knows them (LLVM 19) made them from the text beside them:
+# GNU as 2.40 does not. Independent of harness and emulator, so that a mistake in either shows.
+	.text
+	.globl svm_run
+svm_run:
+	pushq %rbp
+	pushq %rbx
+	pushq %r12
+	pushq %r13
+	pushq %r14
+	pushq %r15
+	pushq %rdx
+	pushq %rdi
+	movq %rdi, %rax
+	movq %rsi, %rdi
+	call load_egprs
+	clgi
+	vmrun %rax
+	stgi
+	popq %rax
+	popq %rdi
+	call store_egprs
+	popq %r15
+	popq %r14
+	popq %r13
+	popq %r12
+	popq %rbx
+	popq %rbp
+	ret
+	.globl guest_increment
+guest_increment:
+	.byte 0xd5, 0x18, 0x83, 0xc0, 0x10	# addq $16, %r16
+	.byte 0xd5, 0x18, 0x83, 0xc1, 0x11	# addq $17, %r17
+	.byte 0xd5, 0x18, 0x83, 0xc2, 0x12	# addq $18, %r18
+	.byte 0xd5, 0x18, 0x83, 0xc3, 0x13	# addq $19, %r19
+	.byte 0xd5, 0x18, 0x83, 0xc4, 0x14	# addq $20, %r20
+	.byte 0xd5, 0x18, 0x83, 0xc5, 0x15	# addq $21, %r21
+	.byte 0xd5, 0x18, 0x83, 0xc6, 0x16	# addq $22, %r22
+	.byte 0xd5, 0x18, 0x83, 0xc7, 0x17	# addq $23, %r23
+	.byte 0xd5, 0x19, 0x83, 0xc0, 0x18	# addq $24, %r24
+	.byte 0xd5, 0x19, 0x83, 0xc1, 0x19	# addq $25, %r25
+	.byte 0xd5, 0x19, 0x83, 0xc2, 0x1a	# addq $26, %r26
+	.byte 0xd5, 0x19, 0x83, 0xc3, 0x1b	# addq $27, %r27
+	.byte 0xd5, 0x19, 0x83, 0xc4, 0x1c	# addq $28, %r28
+	.byte 0xd5, 0x19, 0x83, 0xc5, 0x1d	# addq $29, %r29
+	.byte 0xd5, 0x19, 0x83, 0xc6, 0x1e	# addq $30, %r30
+	.byte 0xd5, 0x19, 0x83, 0xc7, 0x1f	# addq $31, %r31
+	.byte 0xd5, 0x10, 0x50	# pushq %r16
+	.byte 0xd5, 0x10, 0x59	# popq %r17
+	vmmcall
+	jmp guest_increment
+	.globl guest_ud
+guest_ud:
+	nop
+	.globl guest_ud_instruction
+guest_ud_instruction:
+	.byte 0xd5, 0x58, 0x89, 0xc1	# movq %r16, %r17
+	vmmcall
+	.globl guest_npf
+guest_npf:
+	.byte 0xd5, 0x18, 0xba, 0x00, 0x00, 0x00, 0x20, 0x00, 0x00, 0x00, 0x00	# movabsq $0x20000000, %r18
+	.byte 0xd5, 0x10, 0xbb, 0x08, 0x00, 0x00, 0x00	# movl $8, %r19d
+	.globl guest_npf_instruction
+guest_npf_instruction:
+	.byte 0xd5, 0x70, 0x89, 0x64, 0x9a, 0x10	# movl %r20d, 0x10(%r18,%r19,4)
+	vmmcall
+	.globl guest_xsetbv
+guest_xsetbv:
+	xorl %ecx, %ecx
+	xorl %edx, %edx
+	movl $7, %eax
+	xsetbv
+	vmmcall
+	.section .note.GNU-stack, "", @progbits

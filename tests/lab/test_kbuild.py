@@ -1,0 +1,135 @@
+"""Kernels built from Debian's sources. The first run compiles whole kernels: ten minutes of two processors each."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from elftools.elf.elffile import ELFFile
+
+from harness.lab.boot import Boot, How
+from harness.lab.bootspec import BootSpec
+from harness.lab.edits import EDITS, MUTANTS, Edit, edited, load_all, named
+from harness.lab.hardware import pinned_qemu
+from harness.lab.kbuild import BuiltKernel, kernel_from_tree, workspace
+from harness.lab.kernel import COMMAND_LINE
+from harness.lab.ksource import debian_source, release_of
+
+ALL = {**load_all(EDITS), **load_all(MUTANTS)}
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    return debian_source("7.3", print)
+
+
+@pytest.fixture(scope="module")
+def built(source: Path) -> BuiltKernel:
+    return kernel_from_tree(source, progress=print)
+
+
+def with_needs(edit: Edit) -> list[Edit]:
+    return [*(named(name) for name in edit.needs), edit]
+
+
+# --- configuration and image
+
+
+def test_tree_takes_the_whole_configuration(built: BuiltKernel) -> None:
+    assert built.missing == ()
+
+
+def test_image_is_what_it_says(built: BuiltKernel) -> None:
+    image = built.kernel.image.read_bytes()
+    assert image[0x202:0x206] == b"HdrS"  # Documentation/arch/x86/boot.rst
+    assert f"{built.kernel.release} (kvm-harness@lab)".encode() in image
+    assert built.kernel.series == "7.3"
+
+
+def test_layout_names_the_registers(built: BuiltKernel) -> None:
+    with open(built.layout, "rb") as file:
+        dwarf = ELFFile(file).get_dwarf_info()
+        named = {
+            die.attributes["DW_AT_name"].value.decode(): die
+            for unit in dwarf.iter_CUs()
+            for die in unit.iter_DIEs()
+            if "DW_AT_name" in die.attributes and die.tag in ("DW_TAG_structure_type", "DW_TAG_enumerator")
+        }
+        assert named["VCPU_REGS_RSP"].attributes["DW_AT_const_value"].value == 4
+        members = {
+            child.attributes["DW_AT_name"].value
+            for child in named["kvm_vcpu_arch"].iter_children()
+            if "DW_AT_name" in child.attributes
+        }
+        assert {b"regs", b"regs_avail", b"regs_dirty"} <= members
+
+
+def test_kernel_boots_with_kvm(built: BuiltKernel, tmp_path: Path) -> None:
+    spec = BootSpec(pinned_qemu(print), built.kernel.image, append=(*COMMAND_LINE, "loglevel=7"), cpu="max,+svm")
+    with Boot(spec, tmp_path) as boot:
+        ending = boot.wait(60)
+    console = (tmp_path / "console.log").read_text(errors="replace")
+    assert ending is not None
+    assert ending.how is How.PANICKED  # no disk was given
+    assert "Unable to mount root fs" in ending.panic
+    assert f"Linux version {built.kernel.release} (kvm-harness@lab)" in console
+    assert "kvm_amd: Nested Paging enabled" in console
+
+
+# --- rebuilding
+
+
+def test_nothing_is_done_for_what_is_there(built: BuiltKernel, source: Path) -> None:
+    started = time.monotonic()
+    assert kernel_from_tree(source).kernel == built.kernel
+    assert time.monotonic() - started < 20
+
+
+def test_one_changed_file_is_one_compilation(built: BuiltKernel, source: Path) -> None:
+    with workspace(source) as work:
+        snapshot = work.copy.snapshot(None)
+        work.checkout(snapshot, [named("emul-ah-is-spl")])
+        work.make("arch/x86/kvm/emulate.o")
+        first = (work.build / "arch/x86/kvm/emulate.o").stat().st_mtime_ns
+        x86 = (work.build / "arch/x86/kvm/x86.o").stat().st_mtime_ns
+        work.checkout(snapshot)
+        work.make("arch/x86/kvm/emulate.o", "arch/x86/kvm/x86.o")
+        assert (work.build / "arch/x86/kvm/emulate.o").stat().st_mtime_ns > first
+        assert (work.build / "arch/x86/kvm/x86.o").stat().st_mtime_ns == x86
+
+
+# --- edits
+
+
+@pytest.mark.parametrize("series", ["6.1", "6.12", "7.3"])
+def test_every_edit_fits_the_kernels_it_names(series: str) -> None:
+    tree = debian_source(series, print)
+    number = release_of(tree)[1]
+    meant = [edit for edit in ALL.values() if number in edit.kernels]
+    assert meant
+    for edit in meant:
+        texts = edited(with_needs(edit), tree, number).texts
+        assert any(texts[name] != (tree / name).read_text() for name in texts), edit.name
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_every_edit_compiles(built: BuiltKernel, source: Path, name: str) -> None:
+    edit = ALL[name]
+    with workspace(source) as work:
+        work.checkout(work.copy.snapshot(None), with_needs(edit))
+        objects = {f"{file.removesuffix('.c')}.o" for file in edit.files if file.endswith(".c")}
+        work.make(*sorted(objects or {"arch/x86/kvm/x86.o", "arch/x86/kvm/emulate.o", "arch/x86/kvm/svm/svm.o"}))
+        assert "warning:" not in work.log.read_text()
+
+
+def test_apx_is_offered_with_the_edit(source: Path, tmp_path: Path) -> None:
+    kernel = kernel_from_tree(source, edits=[named("apx-on-svm")], progress=print)
+    assert kernel.already_there == ()
+    emulator = pinned_qemu(print)
+    if "apxf" not in emulator.features:
+        pytest.skip("this emulator has no APX")
+    spec = BootSpec(emulator, kernel.kernel.image, append=(*COMMAND_LINE, "loglevel=7"), cpu="max,+svm,+apxf")
+    with Boot(spec, tmp_path) as boot:
+        boot.wait(60)
+    assert "'APX registers'" in (tmp_path / "console.log").read_text(errors="replace")
