@@ -5,17 +5,39 @@ VENV := .venv
 PYTHON ?= /usr/bin/python3
 STAMP := $(VENV)/.stamp
 
-.PHONY: run test check bench clean
+USABLE_KVM = $(VENV)/bin/python -c 'from harness.vm import Kvm; Kvm().close()' 2>/dev/null
+
+.PHONY: run test test-lab test-nested check bench nightly lab-packages clean
 run: $(STAMP)
-	$(VENV)/bin/kvm-harness run
+	@if $(USABLE_KVM); then \
+	    $(VENV)/bin/kvm-harness run $(ARGS); \
+	else \
+	    echo "no usable /dev/kvm here: running the suite nested, in QEMU (the first time builds it, some minutes)"; \
+	    sh ci/packages.sh lab && $(VENV)/bin/kvm-harness lab run $(ARGS); \
+	fi
 
 test: $(STAMP) check
 	@$(VENV)/bin/python -m pytest tests/unit
-	@if $(VENV)/bin/python -c 'from harness.vm import Kvm; Kvm().close()' 2>/dev/null; then \
+	@if $(USABLE_KVM); then \
 	    $(VENV)/bin/python -m pytest -n 2 tests/kvm; \
 	else \
 	    echo "no usable /dev/kvm: the tests in tests/kvm were not run"; \
 	fi
+
+# The lab: its own tests, and the suite's smoke tier on a stock kernel. Builds our QEMU the first time.
+test-lab: $(STAMP) lab-packages
+	$(VENV)/bin/python -m pytest tests/lab --ignore=tests/lab/test_kbuild.py  # that one compiles kernels
+
+# The least of it: one nested run on a stock kernel.
+test-nested: $(STAMP) lab-packages
+	$(VENV)/bin/python -m pytest tests/lab/test_lab_run.py -k smoke
+
+# Every configuration on every stock kernel: one table; a journal, JUnit and KTAP for each cell.
+nightly: $(STAMP) lab-packages
+	$(VENV)/bin/kvm-harness lab run --config all --debian 6.1,6.12,7.3 $(ARGS)
+
+lab-packages:
+	sh ci/packages.sh lab
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -24,7 +46,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(VENV)/bin/python bench/run.py
 
-$(STAMP): requirements.lock pyproject.toml ci/packages.sh
+$(STAMP): requirements.lock pyproject.toml ci/packages.sh bin/kvm-harness
 	sh ci/packages.sh
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --require-hashes --requirement requirements.lock

@@ -211,6 +211,11 @@ mov %cr0, %rax
 bts $40, %rax
 mov %rax, %cr0
 fin
+test cr4_high_bits
+mov %cr4, %rax
+bts $40, %rax
+mov %rax, %cr4
+fin
 test swapgs
 swapgs
 fin

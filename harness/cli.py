@@ -14,14 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from harness.journal import new_folder
 from harness.verdict import BAD_INPUT, INTERRUPTED, NO_KVM, Verdict, exit_status
 
 if TYPE_CHECKING:
     from harness.journal import RunResults
     from harness.replay import Replay
-
-__all__ = ["add_verb", "fail", "main", "new_folder"]
 
 Verbs = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
 MAX_WORKERS: Final = 4 * (os.cpu_count() or 1)
@@ -31,6 +28,12 @@ _STATUSES: Final = (
     "exit status: 0 agrees, 1 mismatch or splat, 2 bad input or nothing selected, 3 no usable KVM, 4 lost "
     "(infrastructure), 130 interrupted"
 )
+_EXAMPLES: Final = """examples:
+  kvm-harness run                         the register suite here; results go to a new folder under out/
+  kvm-harness run -k 'mmio and not user'  a part of it
+  kvm-harness replay alu/add_rr_b@long#0 --emit-c > x.c
+  kvm-harness lab run --debian 6.12       the suite on that kernel, nested in QEMU
+  kvm-harness COMMAND --help              options and an example of each command"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,8 +120,8 @@ def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvm-harness",
         description="Runs tiny guests on real KVM and compares every register with an independent model.",
-        epilog=_STATUSES,
-    )
+        epilog=f"{_EXAMPLES}\n\n{_STATUSES}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="command")
     for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare):
@@ -173,7 +176,7 @@ def _add_run(verbs: Verbs[argparse.ArgumentParser]) -> None:
     run.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
     run.add_argument(
         "-k", metavar="EXPR",
-        help="only Cases whose name matches, as in pytest: 'gpr and long'; whole names too: gpr/mov_r32_rcx@long#0",
+        help="only Cases whose name matches, as in pytest: 'gpr and long'; whole names too: alu/add_rr_b@long#0",
     )  # fmt: skip
     run.add_argument("-n", type=_workers, default=0, metavar="N", help="worker processes (default: this one only)")
     run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
@@ -216,7 +219,7 @@ def _formats(text: str) -> tuple[str, ...]:
 
 def _add_compare(verbs: Verbs[argparse.ArgumentParser]) -> None:
     compare = add_verb(
-        verbs, "compare", _compare, "Two runs side by side: status 1 when a Case that agreed in A does not in B.",
+        verbs, "compare", _compare, "Two runs side by side; status 1 if a Case that agreed in A does not in B.",
         "kvm-harness compare out/before out/after",
     )  # fmt: skip
     compare.add_argument("a", type=Path, metavar="DIR_A", help="the --out folder of the first run")
@@ -225,7 +228,10 @@ def _add_compare(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def _add_lab(verbs: Verbs[argparse.ArgumentParser], whole: bool) -> None:
     text = "The suite on a kernel under test, nested in an emulator: list, build, run, shell."
-    lab = verbs.add_parser("lab", help=text, description=text, epilog=_STATUSES)
+    epilog = f"example: kvm-harness lab run --debian 6.12 --tier smoke\n\n{_STATUSES}"
+    lab = verbs.add_parser(
+        "lab", help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     if whole:
         from harness.lab.cli import add_verbs
 

@@ -21,7 +21,7 @@ from harness.exits import Debug, Exit, Halt, InternalError, Io
 from harness.lockstep import Difference
 from harness.machine import KvmMachine
 from harness.modes import CODE_BASE, MODES, STUBS, setup
-from harness.state import MASK64, unpack_sections
+from harness.state import MASK64, CpuState, unpack_sections
 from harness.vm import Kvm
 
 PROBE_LIMIT: Final = 0.3
@@ -51,9 +51,13 @@ _DYNAMIC: Final[Mapping[int, Mapping[str, int]]] = {
 
 @dataclass
 class Host:
-    """A KVM host and its probed limits. Probes run at first need and are remembered."""
+    """A KVM host and its probed limits. Probes run at first need and are remembered.
+
+    ``limit`` is the time in seconds that a probe guest may take.
+    """
 
     kvm: Kvm
+    limit: float = PROBE_LIMIT
     _machine: KvmMachine | None = None
     _lacks: dict[tuple[str, bytes], bool] = field(default_factory=dict)
 
@@ -107,7 +111,7 @@ class Host:
         self, mode: str, code: bytes, *, step: bool = False, profile: CpuProfile | None = None, rflags: int = 0
     ) -> list[Observation]:
         if self._machine is None:
-            self._machine = KvmMachine(self.kvm, limit=PROBE_LIMIT)
+            self._machine = KvmMachine(self.kvm, limit=self.limit)
         start = setup(mode, entry=CODE_BASE, profile=self.profile)
         state = replace(start.state, rflags=start.state.rflags | _FLAGS | rflags)
         case = Case(
@@ -201,7 +205,7 @@ class Host:
         except (k.KvmError, LookupError):
             return -1
         assert self._machine is not None
-        return int.from_bytes(self._machine.read(state.ss.base + state.gpr[4], 8), "little")
+        return int.from_bytes(self._machine.read(_stack_top(state), 8), "little")
 
     def _probe_vector(self, mode: str, code: bytes) -> int | None:
         """The exception that a guest of this instruction ends with."""
@@ -235,7 +239,7 @@ class Host:
                 continue
             assert self._machine is not None
             state = unpack_sections(seen.sections)
-            top = state.ss.base + (state.gpr[4] & (MASK64 if state.cs.l else 0xFFFFFFFF))
+            top = _stack_top(state)
             words = [int.from_bytes(self._machine.read(top + n, 2), "little") for n in (0, _FRAME_CS.get(mode, 4))]
             cs = setup(mode, entry=CODE_BASE, profile=self.profile).state.cs.selector
             out[mode] = ""
@@ -373,25 +377,40 @@ def delivered_vector(seen: Observation | None) -> int | None:
     return at >> 4 if 0 <= at < 0x1000 and not at & 15 else None
 
 
+def _stack_top(state: CpuState) -> int:
+    """Linear address of SS:SP; in 64-bit mode the base of SS counts as zero (APM vol. 2 4.5.3)."""
+    return state.gpr[4] & MASK64 if state.cs.l else state.ss.base + (state.gpr[4] & 0xFFFFFFFF)
+
+
 def faulting_code(case: Case, seen: Observation | None, read: Callable[[int, int], bytes]) -> bytes:
     """The bytes at the RIP in the exception frame that the guest ended with."""
     assert seen is not None
     state = unpack_sections(seen.sections)
     size = 8 if state.efer >> 10 & 1 else 4 if case.bits == 32 else 2
-    frame = read(state.ss.base + state.gpr[4], size)
+    frame = read(_stack_top(state), size)
     return read(int.from_bytes(frame, "little") + case.start.cs.base, 15)
 
 
 _PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 
 
-def instruction_name(code: bytes) -> str:
-    """The opcode of an instruction, for grouping: legacy prefixes that select an instruction, escape and opcode."""
+_GROUP_OPCODES: Final = "80 81 83 c0 c1 d0 d1 d2 d3 f6 f7 fe ff 0f00 0f01 0fae 0fba 0fc7"
+_GROUPS: Final = frozenset(map(bytes.fromhex, _GROUP_OPCODES.split()))
+
+
+def instruction_name(code: bytes, bits: int = 0) -> str:
+    """The opcode of an instruction, for grouping: legacy prefixes that select an instruction, escape, opcode.
+
+    REX is left out before 0F, and in 64-bit code everywhere; with ``bits`` a group's opcode has its number (``/4``).
+    """
     at = 0
     while at < len(code) - 1 and code[at] in _PREFIXES:
         at += 1
     mandatory = "".join(f"{b:02x} " for b in sorted(set(code[:at])) if b in (0xF2, 0xF3))
-    while at < len(code) - 1 and 0x40 <= code[at] <= 0x4F and code[at + 1] == 0x0F:
+    while at < len(code) - 1 and 0x40 <= code[at] <= 0x4F and (bits == 64 or code[at + 1] == 0x0F):
         at += 1
-    size = 1 if code[at] != 0x0F else 3 if code[at + 1] in (0x38, 0x3A) else 2
-    return mandatory + code[at : at + size].hex(" ")
+    size = 1 if code[at] != 0x0F else 3 if code[at + 1 : at + 2] in (b"\x38", b"\x3a") else 2
+    name = mandatory + code[at : at + size].hex(" ")
+    if bits and code[at : at + size] in _GROUPS and at + size < len(code):
+        name += f" /{code[at + size] >> 3 & 7}"
+    return name

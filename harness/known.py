@@ -7,21 +7,25 @@ Case agrees again it is *healed*.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
-from harness.case import PAGE, Case
-from harness.exits import Timeout
-from harness.lockstep import Difference
+from harness.case import PAGE, Case, Observation
+from harness.exits import Debug, Halt, Shutdown, Timeout
+from harness.lockstep import Difference, compare_registers
 from harness.machine import MemoryDiff
 from harness.modes import STUBS
-from harness.state import FieldDiff
+from harness.state import FieldDiff, unpack_sections
 
 FILE: Final = Path(__file__).resolve().parent.parent / "known_divergences.toml"
 _KEYS: Final = {"name", "cases", "module", "register", "wrong", "why", "reproducer", "reference"}
-_WRONG: Final = ("zero-extended-32", "not-written", "half-written", "no-exception", "timeout")
+_WRONG: Final = (
+    "zero-extended-32", "not-written", "half-written", "no-exception", "timeout", "late-step", "lost-step",
+    "whole-rep", "runs-on", "no-shutdown",
+)
+_HLT: Final = 0xF4
 
 
 class KnownError(ValueError):
@@ -36,7 +40,11 @@ class KnownDivergence:
     cleared; ``clear N`` or ``set N``, the expected value with the bits of N cleared or set; ``not-written``, memory
     that should have been written still holds its initial bytes; ``half-written``, a store that faulted left bytes at
     the end of its first page; ``no-exception``, the guest goes on where an exception must be; ``timeout``, it does not
-    leave KVM_RUN.
+    leave KVM_RUN; ``late-step``, the debug exit of a single step comes after one more instruction, an HLT;
+    ``lost-step``, it does not come, for that HLT ends the guest;
+    ``whole-rep``, that of one iteration of a REP MOVSB after all of them; ``exception N``, the guest ends in the
+    handler of vector N, where it must not or from another instruction; ``runs-on``, it goes on past the HLT that ends
+    it; ``no-shutdown``, it hangs or ends in KVM's internal error where a triple fault must shut it down.
     """
 
     name: str
@@ -56,12 +64,23 @@ class KnownDivergence:
         """Everything that differs is what this row names, with exactly the wrong value."""
         if self.wrong == "timeout":
             return difference.got is not None and isinstance(difference.got.exit, Timeout)
+        if self.wrong in ("late-step", "lost-step"):
+            return (_late_step if self.wrong == "late-step" else _lost_step)(case, difference)
+        if self.wrong == "no-shutdown":
+            want, got = difference.expected, difference.got
+            return want is not None and isinstance(want.exit, Shutdown) and got is not None and not got.exit.comparable
         if difference.exits_differ:
             return False
+        if self.wrong == "whole-rep":
+            return _whole_rep(case, difference)
         if self.wrong == "not-written":
             return not difference.registers and all(_not_written(case, d) for d in difference.memory)
         if self.wrong == "half-written":
             return not difference.registers and all(_page_end(d) for d in difference.memory)
+        if isinstance(self.wrong, str) and self.wrong.startswith("exception "):
+            return _stub(difference.got) == int(self.wrong.split()[1])
+        if self.wrong == "runs-on":
+            return _stub(difference.expected) is None
         if self.wrong == "no-exception":
             rip = next((d for d in difference.registers if d.name == "rip"), None)
             return rip is not None and _in_stubs(rip.expected) and not _in_stubs(rip.got)
@@ -80,18 +99,84 @@ class KnownDivergence:
 
 
 def _saved_flags(difference: Difference, found: MemoryDiff) -> bool:
-    """Memory differs in the very bits in which RFLAGS does: its image in the frame of the exception that followed."""
-    flags = next((d.xor for d in difference.registers if d.name == "rflags"), 0)
-    memory = int.from_bytes(found.expected, "little") ^ int.from_bytes(found.got, "little")
+    """Memory differs in the very bits in which RFLAGS does: its image in the frame of the exception that followed.
+
+    Undefined bits are left aside, in both.
+    """
+    assert difference.expected is not None
+    undefined = difference.expected.pages_ignore
+    flags = next(
+        (d.xor & ~difference.expected.ignore.get("rflags", 0) for d in difference.registers if d.name == "rflags"), 0
+    )
+    pairs = enumerate(zip(found.expected, found.got, strict=True))
+    memory = sum(((a ^ b) & ~undefined.get(found.gpa + n, 0)) << 8 * n for n, (a, b) in pairs)
     while flags and not flags & 0xFF:  # a MemoryDiff starts at the first byte that differs
         flags >>= 8
     return bool(flags) and memory == flags
+
+
+def _late_step(case: Case, difference: Difference) -> bool:
+    """Past the HLT that follows, and nothing else is other than it should be."""
+    want, got = difference.expected, difference.got
+    if want is None or got is None or not isinstance(want.exit, Debug) or not isinstance(got.exit, Debug):
+        return False
+    pc = want.exit.pc
+    if replace(want.exit, pc=pc + 1) != got.exit or _byte(case, pc) != _HLT:
+        return False
+    return _one_further(want, got)
+
+
+def _lost_step(case: Case, difference: Difference) -> bool:
+    """The HLT that follows ended the guest, and nothing else is other than it should be."""
+    want, got = difference.expected, difference.got
+    if want is None or got is None or not isinstance(want.exit, Debug) or not isinstance(got.exit, Halt):
+        return False
+    return _byte(case, want.exit.pc) == _HLT and _one_further(want, got)
+
+
+def _one_further(want: Observation, got: Observation) -> bool:
+    registers = compare_registers(want, got)
+    return [(d.name, d.got - d.expected) for d in registers] == [("rip", 1)]
+
+
+def _byte(case: Case, gpa: int) -> int:
+    """Initial RAM (code is identity-mapped: harness/modes.py); -1 outside of it."""
+    slot = next((s for s in case.shape.slots if s.gpa <= gpa < s.gpa + s.size), None)
+    return -1 if slot is None else case.memory.image(slot)[gpa - slot.gpa]
+
+
+def _whole_rep(case: Case, difference: Difference) -> bool:
+    """The counter is down to zero, the pointers are where it says, and only bytes in between were written."""
+    assert difference.expected is not None
+    state = unpack_sections(difference.expected.sections)
+    mask = (1 << case.bits) - 1
+    left = state.gpr[_RCX] & mask
+    first = state.es.base + (state.gpr[_RDI] & mask)
+    after = {"rcx": state.gpr[_RCX] - left, "rsi": state.gpr[_RSI] + left, "rdi": state.gpr[_RDI] + left}
+    differing = (m.gpa + i for m in difference.memory for i, b in enumerate(m.expected) if b != m.got[i])
+    return (
+        left > 0
+        and {d.name: d.got for d in difference.registers} == after
+        and all(first <= gpa < first + left for gpa in differing)
+    )
+
+
+_RCX, _RSI, _RDI = 1, 6, 7
 
 
 def _page_end(found: MemoryDiff) -> bool:
     """Only the last 8 bytes of a page differ (the widest store has 8)."""
     differing = [found.gpa + i for i, (a, b) in enumerate(zip(found.expected, found.got, strict=True)) if a != b]
     return all(gpa % PAGE >= PAGE - 8 for gpa in differing)
+
+
+def _stub(seen: Observation | None) -> int | None:
+    """The vector in whose stub a guest has ended."""
+    if seen is None or not seen.sections:
+        return None
+    state = unpack_sections(seen.sections)
+    at = state.cs.base + state.rip - 1 - STUBS
+    return at >> 4 if 0 <= at < 0x1000 and not at & 15 else None
 
 
 def _in_stubs(rip: int) -> bool:
@@ -109,7 +194,7 @@ def _usable(wrong: object) -> bool:
     if isinstance(wrong, int) or wrong in _WRONG:
         return True
     verb, _, number = str(wrong).partition(" ")
-    return verb in ("clear", "set") and number.startswith("0x")
+    return (verb in ("clear", "set") and number.startswith("0x")) or (verb == "exception" and number.isdecimal())
 
 
 def load_known(path: Path = FILE) -> tuple[KnownDivergence, ...]:

@@ -120,6 +120,8 @@ class _SuiteCollector(pytest.Collector):
         try:
             cases = list(self.suite.cases(_host(self.config).profile))
         except GuestError as error:
+            if hasattr(self.config, "workerinput"):
+                raise self.CollectError(str(error)) from error
             _end(self.config, str(error), BAD_INPUT)
         for case in cases:
             item: CaseItem = CaseItem.from_parent(self, name=case.name)
@@ -271,7 +273,9 @@ class _Results:
     @pytest.hookimpl
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         journal = self.config.stash.get(journal_key, None)
-        if journal is not None and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        failed = any(Verdict(r["verdict"]) in _BAD for r in self.config.stash[results_key])
+        asked = self.config.getoption("maxfail") and failed  # xdist stops by an interrupt of its own
+        if journal is not None and (asked or exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)):
             journal.append({"finished": True})
 
     @pytest.hookimpl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Generator
 from contextlib import suppress
@@ -15,7 +16,8 @@ import pytest
 from harness import selection
 from harness.journal import NAME, new_folder, read_run
 from harness.known import load_known
-from harness.pytest_plugin import PROPERTY, ending_key
+from harness.paths.common import guest_for
+from harness.pytest_plugin import PROPERTY, ending_key, host_key
 from harness.report.progress import Progress
 from harness.report.text import summary_lines
 from harness.report.views import BAD, verdict_of
@@ -49,12 +51,15 @@ class Request:
 def run_suite(request: Request, progress: Progress) -> int:
     """Run, tell of it, and return the exit status of the verdicts.
 
-    Raises KvmUnusableError, SelectionError, or RunError for everything else that keeps a run from its end.
+    Raises KvmUnusableError, SelectionError, KnownError, GuestError, and RunError for everything else that keeps a run
+    from its end.
     """
     Kvm(request.device).close()
     if request.expression is not None:
         selection.check(request.expression)
-    load_known()  # a wrong row is said once, and not by every Case
+    # What would go wrong in every worker or with every Case is said once, here.
+    load_known()
+    guest_for("walk.S", "real")
     out = request.out or new_folder()
     voice = _Voice(progress, request)
     progress.wait("making the cases ...")
@@ -62,14 +67,19 @@ def run_suite(request: Request, progress: Progress) -> int:
         status = int(pytest.main(_options(request, out), plugins=[voice]))
     except KeyboardInterrupt:  # before pytest was ready for one
         voice.interrupted, status = True, int(pytest.ExitCode.INTERRUPTED)
-    progress.close()
-    if voice.interrupted:
-        raise RunError(f"interrupted; finished results are in {out}" if voice.count else "interrupted", INTERRUPTED)
+    progress.close(keep=not voice.interrupted and voice.problem is None)
     if voice.problem is not None:
         raise RunError(*voice.problem)
+    if voice.interrupted:
+        raise RunError(f"interrupted; finished results are in {out}" if voice.count else "interrupted", INTERRUPTED)
+    if voice.stopped:
+        status = int(pytest.ExitCode.TESTS_FAILED)
+    if voice.broken:
+        progress.say("\n".join(voice.broken))
+        raise RunError("the suite could not be loaded: see above", Verdict.LOST.status)
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         _forget(request, out)
-        raise RunError(f"no Case matches -k {request.expression!r}; names look like gpr/mov_r32_rcx@long#0", BAD_INPUT)
+        raise RunError(f"no Case matches -k {request.expression!r}; names look like alu/add_rr_b@long#0", BAD_INPUT)
     if status == pytest.ExitCode.USAGE_ERROR:
         raise RunError("pytest could not begin; see above", BAD_INPUT)
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
@@ -118,13 +128,22 @@ def _forget(request: Request, out: Path) -> None:
             out.rmdir()
 
 
+def _end_workers() -> None:
+    """At once: left alone, a worker would first go on for seconds. Their results are here, their VMs go with them."""
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for pid in path.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+
+
 class _Voice:
     """Plugin, in the process that writes the journal: tells what happens, in place of pytest's own reporter."""
 
     def __init__(self, progress: Progress, request: Request) -> None:
         self._progress, self._request = progress, request
         self.problem: tuple[str, int] | None = None
-        self.interrupted = False
+        self.interrupted = self.stopped = self._told = False
+        self.broken: list[str] = []  # collecting failed
         self.count = self.failures = 0
 
     @pytest.hookimpl(wrapper=True)
@@ -139,13 +158,18 @@ class _Voice:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if session.items:
-            self._progress.begin(len(session.items))
+        self._begin(session.config, len(session.items))
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        if ids:
-            self._progress.begin(len(ids))
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        self._begin(node.config, len(ids))
+
+    def _begin(self, config: pytest.Config, total: int) -> None:
+        if total and not self._told:
+            self._told = True
+            self._progress.say(f"{total} cases on {config.stash[host_key].describe()}")
+        if total:
+            self._progress.begin(total)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = [json.loads(str(value)) for name, value in report.user_properties if name == PROPERTY]
@@ -159,7 +183,7 @@ class _Voice:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            self._failure(report.longreprtext)
+            self.broken.append(report.longreprtext)
 
     def pytest_internalerror(self, excrepr: object) -> None:
         self._progress.say(str(excrepr))
@@ -170,7 +194,11 @@ class _Voice:
             self._progress.say(f"\n{text}\n")
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        self.interrupted = isinstance(excinfo.value, KeyboardInterrupt)
+        # pytest and xdist stop for reasons of their own by subclasses of it: --fail-fast, errors in collection.
+        self.interrupted = type(excinfo.value) is KeyboardInterrupt
+        self.stopped = not self.interrupted and self._request.fail_fast and self.failures > 0
+        if self.interrupted:
+            _end_workers()
 
     def pytest_unconfigure(self, config: pytest.Config) -> None:
         self.problem = config.stash.get(ending_key, None)

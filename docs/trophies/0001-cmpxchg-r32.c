@@ -1,17 +1,17 @@
 /*
- * cmpxchg-r32/long, kvm-harness case f1fafefa08ba
+ * cmpxchg-r32/long, a case of kvm-harness
  *
  * At exit 0: rcx expected 0x3333333344444444, got 0x44444444
  *
  *     a000: 0f b1 d1                cmpxchg ecx,edx
  *     a003: f4                      hlt
  *
- * Seen on: Linux 6.18.44, kvm_pvm (no VMX, no SVM: guest kernel mode runs in
- * arch/x86/kvm/emulate.c), AMD EPYC
+ * Seen on: Linux 6.18.44-fc-v595, kvm_pvm (kvm.force_emulation_prefix=0 kvm.tdp_mmu=N), AMD guest
+ * CPUID
  *
  * Compile and run: gcc -O2 -Wall -Wextra -o repro THIS_FILE.c && ./repro
  * Exit status: 1 the defect shows, 0 it does not, 2 it could not be tried.
- * The same under the harness: kvm-harness replay f1fafefa08ba
+ * The same under the harness: kvm-harness replay docs/trophies/0001-cmpxchg-r32.json
  */
 
 #define _GNU_SOURCE
@@ -305,7 +305,7 @@ static void hex(char *to, const uint8_t *data, size_t size)
 		sprintf(to + 2 * i, "%02x", data[i]);
 }
 
-/* Put the exit into words, answer its read; 1: an operation is pending, 2: the run ends here. */
+/* Put the exit into words, answer its read; 1: an operation is pending, 2: the run ends here, 3: a step is done. */
 static int describe(char *to, size_t room)
 {
 	char bytes[2 * 4096 + 1] = "";
@@ -337,7 +337,7 @@ static int describe(char *to, size_t room)
 	case KVM_EXIT_DEBUG:
 		snprintf(to, room, "debug exception 0x%x pc 0x%" PRIx64 " dr6 0x%" PRIx64,
 				run->debug.arch.exception, (uint64_t)run->debug.arch.pc, (uint64_t)run->debug.arch.dr6);
-		return 0;
+		return 3;
 	case KVM_EXIT_SHUTDOWN:
 		snprintf(to, room, "shutdown");
 		return 2;
@@ -433,7 +433,9 @@ static void seen(const char *words)
 	}
 }
 
-/* Up to limit exits, as far as one that ends the run; 1: it has ended. */
+static int stepping;
+
+/* Up to limit exits, as far as one that ends the run (or the step); 1: it has ended. */
 static int run_guest(int limit, int completing)
 {
 	static char words[2 * 4096 + 256];
@@ -447,7 +449,7 @@ static int run_guest(int limit, int completing)
 		what = describe(words, sizeof(words));
 		further = what == 1 && completing && complete();
 		seen(words);
-		if (what == 2 || ++done >= limit || (what == 1 && !completing))
+		if (what == 2 || (what == 3 && stepping) || ++done >= limit || (what == 1 && !completing))
 			return what == 2;
 	}
 }

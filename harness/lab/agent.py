@@ -164,7 +164,7 @@ def _greeting(kvm: Kvm) -> dict[str, Any]:
 def _probe(kvm: Kvm) -> dict[str, Any]:
     from harness.host import Host
 
-    host = Host(kvm)
+    host = Host(kvm, limit=CASE_LIMIT)
     try:
         return dict(host.to_json())
     finally:

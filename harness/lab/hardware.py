@@ -17,7 +17,7 @@ from harness.lab import qemu_build
 from harness.lab.cache import Progress, cached, digest, digest_tree, quiet
 from harness.lab.errors import LabError, LabInputError
 
-_PATCHED_IN: Final = frozenset({"cr8-lock"})
+_PATCHED_IN: Final = frozenset({"bare-machine", "cr8-lock"})
 
 _SELFTEST: Final = Path(__file__).resolve().parents[2] / "tests" / "lab" / "apx_selftest"
 _SELFTEST_CFLAGS: Final = (
@@ -38,7 +38,8 @@ class Emulator:
     """An emulator that is ready to be started.
 
     ``firmware`` is the directory for ``-L``, None where the emulator finds its own. ``digest`` changes whenever the
-    emulator may behave differently. ``features`` are names of what it can do beyond stock QEMU 7.2: ``cr8-lock`` (does
+    emulator may behave differently. ``features`` are names of what it can do beyond stock QEMU 7.2: ``bare-machine``
+    (runs Cases by itself: harness/lab/bare_emulator.py), ``cr8-lock`` (does
     not die where a nested guest writes CR8), ``apx`` (``-cpu max,+apxf``), ``kvm`` (can use the host's KVM).
     """
 

@@ -56,14 +56,7 @@ class Profile:
 
     def excuse(self, case: Case, difference: Difference, read: Read) -> str:
         """The instruction that this cell's emulator is known to lack, or an empty string."""
-        got = difference.got
-        if got is None or not self.lacks:
-            return ""
-        code = getattr(got.exit, "code", b"")
-        if not code and delivered_vector(got) == _UD:
-            code = faulting_code(case, got, read)
-        mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
-        what = f"{instruction_name(code)} in {mode}" if code else ""
+        what = refused_instruction(case, difference, read)
         return f"this KVM's emulator lacks {what}" if what in self.lacks else ""
 
     def lost(self, now: Profile) -> list[str]:
@@ -106,6 +99,21 @@ class Profile:
             cell, str(hello["module"]), probe["vendor"], hello["parameters"], probe["capabilities"], probe["modes"],
             probe["exception_delivery"], probe["traits"], probe["single_step"], cpuid_from_rows(hello["cpuid"]),
         )  # fmt: skip
+
+
+def refused_instruction(case: Case, difference: Difference, read: Read) -> str:
+    """What KVM would not emulate where the model does execute it, as ``0f 02 in long``; else an empty string.
+
+    It says so by an internal error, or by #UD where the instruction came through the force-emulation prefix.
+    """
+    got = difference.got
+    if got is None:
+        return ""
+    code = getattr(got.exit, "code", b"")
+    if not code and delivered_vector(got) == _UD and delivered_vector(difference.expected) != _UD:
+        code = faulting_code(case, got, read)
+    mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
+    return f"{instruction_name(code, case.bits)} in {mode}" if code else ""
 
 
 def cpuid_rows(profile: CpuProfile) -> list[list[int]]:

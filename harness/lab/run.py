@@ -21,8 +21,8 @@ from harness.lab.bare_emulator import BareEmulator
 from harness.lab.cache import Progress
 from harness.lab.errors import LabError, LabInputError, LostError
 from harness.lab.planner import cell_plan
-from harness.lab.profile import Profile, load_profile, write_profile
-from harness.lab.session import Cell, CellRun
+from harness.lab.profile import Profile, load_profile, refused_instruction, write_profile
+from harness.lab.session import Cell, CellRun, reader
 from harness.reference.machine import ReferenceMachine
 from harness.report.failure import failure_text
 from harness.report.junit import junit_report
@@ -92,7 +92,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     chosen = [n for n, name in enumerate(plan.names) if selects(name)]
     skipped = [s for s in plan.skipped if selects(s[0])]
     if not chosen and not skipped:
-        raise LabInputError(f"no Case matches -k {options.select!r}; names look like gpr/mov_r32_rcx@long#0")
+        raise LabInputError(f"no Case matches -k {options.select!r}; names look like alu/add_rr_b@long#0")
     header = {
         "host": f"Linux {cell.kernel.release} in {cell.emulator.name} ({cell.accel})", "device": "lab",
         "cell": cell.name, "configuration": cell.configuration.name, "kernel": cell.kernel.label,
@@ -101,6 +101,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     journal = Journal(folder, header)
     line = StatusLine(cell.name, status)
     shown = 0
+    refused: set[str] = set()
 
     def take(result: Result, allowed: int) -> None:
         nonlocal shown
@@ -109,6 +110,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         journal.append(record)
         if result.verdict.status == 1:
             case, _ = plan.planned(plan.names.index(result.name))
+            if result.difference is not None:
+                refused.add(refused_instruction(case, result.difference, reader(case, result.difference)))
             kept = folder / CASES_FOLDER / f"{case.id}.json"
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(json.dumps(case.to_json()))
@@ -132,6 +135,10 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             run.run(chosen)
         for text in regressions(profile, run):
             take_profile(outcome, journal, text)
+        if options.write_profile and refused - {""}:
+            profile = replace(profile, lacks=profile.lacks | refused - {""})
+            path = write_profile(cell.configuration.name, cell.kernel.series, profile)
+            progress(f"{cell.name}: instructions that its emulator lacks added to {path}: {', '.join(sorted(refused))}")
         if not run.tally.total or run.tally.done >= run.tally.total or options.fail_fast:
             journal.append({"finished": True})
     except LabError as error:

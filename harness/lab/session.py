@@ -30,6 +30,7 @@ from harness.lab.kernel import COMMAND_LINE, Kernel
 from harness.lab.plan import Plan
 from harness.lab.profile import Profile
 from harness.lab.splat import find_splats
+from harness.lockstep import Difference
 from harness.runner import Finding
 from harness.verdict import Verdict
 
@@ -284,7 +285,7 @@ class CellRun:
             return
         with self._lock:  # one reader of the plan
             case, _ = self.plan.planned(index)
-        result = self._judge.judge(case, finding, _reader(case, finding))
+        result = self._judge.judge(case, finding, reader(case, finding.difference))
         if result.verdict is Verdict.MISMATCH and self._arbiter is not None:
             result = self._arbiter(case, result)
         self.result(result, finding.allowed)
@@ -456,9 +457,9 @@ class _Machine:
         run._progress(f"{run.cell.name}: machine lost ({str(error).splitlines()[0]}); the rest goes to a fresh one")
 
 
-def _reader(case: Case, finding: Finding) -> Callable[[int, int], bytes]:
+def reader(case: Case, difference: Difference | None) -> Callable[[int, int], bytes]:
     """Guest RAM as it was where the Case differed: its initial contents and the pages that the runner sent along."""
-    seen: Observation | None = finding.difference.got if finding.difference is not None else None
+    seen: Observation | None = difference.got if difference is not None else None
     pages: Pages = seen.pages if seen is not None else {}
 
     def read(gpa: int, size: int) -> bytes:

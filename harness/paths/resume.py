@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from harness.case import Action, Case, Complete, Run, SaveRestore, SetState, Step
+from harness.case import Action, Case, Complete, Run, SaveRestore, SetState
 from harness.cpuid import CpuProfile
 from harness.paths.common import Family, cases
 
@@ -21,7 +21,6 @@ _VARIANTS: Final[dict[str, tuple[Action, ...]]] = {
     "set_sregs": (Run(), SetState((("cr2", 0x12345000),), "sregs"), Run(64)),
     "save_restore": (Run(), SaveRestore(), Run(64)),
     "pending": (Run(1, complete=False), Complete(), Run(64)),
-    "step": (Step(1),),
 }
 _GUESTS: Final = (
     Family("io", ("real", "prot16", "prot32", "compat", "long")), Family("mmio", ("real", "prot32", "compat", "long")),
@@ -37,6 +36,4 @@ def resume_cases(profile: CpuProfile) -> Iterator[Case]:
             if not entry.startswith(_ENTRIES):
                 continue
             for name, actions in _VARIANTS.items():
-                if name == "step" and entry.startswith("out_"):
-                    continue  # KVM's emulator reports the step over OUT one instruction late (docs/decisions.md)
                 yield replace(case, name=f"resume/{name}/{entry}", actions=actions)

@@ -311,7 +311,7 @@ def invpcid(insn: Insn) -> Operation:
         bad = kind > 3 or pcid >> 12
         if kind < 2 and not cpu.cr4 & CR4["PCIDE"] and pcid:
             bad = True
-        if bad or (kind == 0 and not cpu.canonical(linear)):
+        if bad or (kind == 0 and not cpu.canonical_base(linear)):
             raise Fault(GP, 0)
         cpu.mem.flush()
         cpu.forget_code()

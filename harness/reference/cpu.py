@@ -172,6 +172,16 @@ class Cpu:
         top = address >> (self.lin_bits - 1)
         return top == 0 or top == (1 << (65 - self.lin_bits)) - 1
 
+    def canonical_base(self, address: int) -> bool:
+        """Whether ``address`` may go into an MSR or the base of a segment or descriptor table.
+
+        That depends on what the processor can have, not on CR4.LA57 (Intel's 5-level paging paper; measured on silicon:
+        Linux commit "KVM: x86: model canonical checks more precisely").
+        """
+        bits = 57 if "la57" in self.features else 48
+        top = address >> (bits - 1)
+        return top == 0 or top == (1 << (65 - bits)) - 1
+
     # --- registers ---------------------------------------------------------------------------------------------------
 
     def read_reg(self, size: int, index: int, rex: bool = True) -> int:

@@ -22,9 +22,16 @@ _NO_REX2: Final = frozenset(
     {0x0F, 0x26, 0x2E, 0x36, 0x3E, 0x62, 0x64, 0x65, 0x66, 0x67, 0xC4, 0xC5, 0xD5, 0xF0, 0xF2, 0xF3}
 )
 _NO_REX2_ROWS: Final = ((4, 7, 0xA, 0xE), (3, 8))
-# EVEX map 4 opcodes of features that the harness does not name: WRSS, WRUSS, MOVRS, SHA, Key Locker, ENQCMD, USER_MSR,
-# MOVDIR64B, MOVDIRI, RAO-INT; INVEPT and INVVPID (F0, F1 with F3) need VMX operation.
-_MAP4_UNKNOWN: Final = frozenset({0x65, 0x66, 0x8A, 0x8B, 0xD4, *range(0xD8, 0xE0), 0xF0, 0xF1, 0xF8, 0xF9, 0xFC})
+# EVEX map 4 opcode -> pp of instructions that the model does not know: WRUSS, WRSS, MOVRS, SHA and Key Locker, INVEPT,
+# INVVPID, MOVDIR64B with ENQCMD and USER_MSR, MOVDIRI, RAO-INT.
+_ANY_PP: Final = (0, 1, 2, 3)
+_MAP4_UNKNOWN: Final = {
+    0x65: (1,), 0x66: (0,), 0x8A: (0,), 0x8B: (0, 1), 0xD4: _ANY_PP, **dict.fromkeys(range(0xD8, 0xE0), _ANY_PP),
+    0xF0: (2,), 0xF1: (2,), 0xF8: (1, 2, 3), 0xF9: (0,), 0xFC: _ANY_PP,
+}  # fmt: skip
+# 0F 01 with these ModRM bytes is MONITOR, MWAIT, SERIALIZE, MONITORX, MWAITX, CLZERO, RDPRU, INVLPGB or TLBSYNC, whose
+# CPUID bits the harness does not name.
+_GROUP7_UNKNOWN: Final = frozenset({0xC8, 0xC9, 0xE8, *range(0xFA, 0x100)})
 _BASE16: Final = ((3, 6), (3, 7), (5, 6), (5, 7), (6, -1), (7, -1), (5, -1), (3, -1))
 _INVALID: Final = Row("(bad)", "", "", undefined_opcode, "SDM 2D A.2", size="v")
 
@@ -180,7 +187,7 @@ class _Decoder:
                 self.without_nci(entry, nd, nf)
             self.osz = self.pp == 1 and not entry.prefix
             return entry.row
-        if self.map == 4 and b in _MAP4_UNKNOWN:
+        if self.map == 4 and self.pp in _MAP4_UNKNOWN.get(b, ()):
             self.unknown("EVEX encoding")
         return _INVALID
 
@@ -231,7 +238,7 @@ class _Decoder:
             if not self.has(row):
                 continue
             return row if row.rex2 or not self.rex2 else _INVALID
-        if known:
+        if known and not ((map_, b) == (1, 1) and peek in _GROUP7_UNKNOWN):
             return _INVALID
         self.unknown("no row in the table")
         raise AssertionError
@@ -272,8 +279,10 @@ class _Decoder:
         insn.nf = entry.nf == "*" and bool(self.p2 & 4)
         if entry.nd == "*" and nd:
             insn.dest, insn.ndd = self.v, True
-        elif entry.nd == "ZU" and nd and not insn.is_memory(0):  # a memory destination has no upper part
-            insn.dest = insn.rm if entry.operands[0][0] == "E" else insn.reg
+        elif entry.nd == "ZU" and nd:
+            insn.zu = True
+            if not insn.is_memory(0):  # memory has no upper part
+                insn.dest = insn.register(0)[1]
 
     def extension(self, which: int) -> int:
         """Bits 3 and 4 that REX and REX2 add to reg (0), index (1) or base (2)."""

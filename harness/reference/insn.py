@@ -100,7 +100,8 @@ class Insn:
     ``seg`` is the segment of the memory operand after overrides, ``override`` the override itself or -1.
 
     EVEX: ``vreg`` is the register in vvvv; ``dest`` the register that gets the result of operand 0, zero-extended, in
-    its stead (-1: operand 0 itself), ``ndd`` says that it is an operand of its own; ``nf`` that no flag is written.
+    its stead (-1: operand 0 itself), ``ndd`` says that it is an operand of its own, ``zu`` that ND only zeroes the
+    upper part of operand 0's register; ``nf``: no flag is written.
     ``scc`` and ``dfv`` are the source condition (-1: none) and the default OF, SF, ZF, CF of CCMP and CTEST.
     """
 
@@ -136,6 +137,7 @@ class Insn:
     vreg: int = 0
     dest: int = -1
     ndd: bool = False
+    zu: bool = False
     nf: bool = False
     scc: int = -1
     dfv: int = 0
@@ -288,7 +290,7 @@ class Insn:
         if self.scc >= 0:
             default = ",".join(flag for n, flag in enumerate(("of", "sf", "zf", "cf")) if self.dfv << n & 8)
             return f"{name}{SCC_NAMES[self.scc]} {{dfv={default}}}"
-        if self.evex and self.dest >= 0 and not self.ndd:
+        if self.zu:
             return name[:3] + "zu" + name[3:] if name.startswith("set") else name + "zu"
         hint = self.rex_w and (self.rex2 and self.operands == ("Zv",) if name in ("push", "pop") else name in _PAIRS)
         return name + "p" if hint else name  # the push-pop pair hint of APX
@@ -300,7 +302,7 @@ class Insn:
             prefix += ("repz " if repeat_while else "rep ") if self.rep == 0xF3 else "repnz "
         if self.nf:
             return "{nf} "
-        if self.evex and self.dest < 0 and self.scc < 0 and not self.row.mnemonic.startswith(_EVEX_ONLY):
+        if self.evex and not self.ndd and not self.zu and self.scc < 0 and not self.row.mnemonic.startswith(_EVEX_ONLY):
             return "{evex} "
         return prefix
 

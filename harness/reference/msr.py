@@ -140,7 +140,7 @@ def read_msr(cpu: Cpu, index: int) -> int:
 def write_msr(cpu: Cpu, index: int, value: int) -> None:
     """WRMSR; #GP(0) for reserved bits and addresses that are not canonical."""
     _exists(cpu, index)
-    if index in _ADDRESSES and not cpu.canonical(value):
+    if index in _ADDRESSES and not cpu.canonical_base(value):
         raise Fault(GP, 0)
     if index == EFER:
         _write_efer(cpu, value)
@@ -152,7 +152,7 @@ def write_msr(cpu: Cpu, index: int, value: int) -> None:
     elif index in (SYSENTER_ESP, SYSENTER_EIP):
         if cpu.amd:
             value &= MASK[32]  # 32-bit registers (APM vol. 2 6.1.2)
-        elif not cpu.canonical(value):
+        elif not cpu.canonical_base(value):
             raise Fault(GP, 0)
         set_msr(cpu, index, value)
     elif index == PAT:
@@ -250,7 +250,7 @@ def write_base(insn: Insn, index: int) -> Operation:
         if not cpu.cr4 & CR4["FSGSBASE"]:
             raise Fault(UD)
         value = cpu.gpr[rm] & MASK[size]
-        if not cpu.canonical(value):
+        if not cpu.canonical_base(value):
             raise Fault(GP, 0)
         set_base(cpu, index, value)
 

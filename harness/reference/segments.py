@@ -161,7 +161,7 @@ def load_table(name: str, insn: Insn) -> Operation:
         raw = cpu.mem.read_bytes(seg, ea(cpu), 2 + n)
         base = int.from_bytes(raw[2:], "little")
         if cpu.long64:
-            if not cpu.canonical(base):
+            if not cpu.canonical_base(base):
                 raise Fault(GP, 0)
         elif size == 16:
             base &= 0xFFFFFF
@@ -206,7 +206,7 @@ def lldt(insn: Insn) -> Operation:
             raise Fault(GP, desc.error_of(selector))
         if not seg.present:
             raise Fault(NP, desc.error_of(selector))
-        if cpu.lma and not cpu.canonical(seg.base):
+        if cpu.lma and not cpu.canonical_base(seg.base):
             raise Fault(GP, desc.error_of(selector))
         cpu.ldtr = seg
 
@@ -236,7 +236,7 @@ def ltr(insn: Insn) -> Operation:
         if cpu.lma and data[13] & 0x1F:
             raise Fault(GP, desc.error_of(selector))
         seg = decode_segment(selector, data)
-        if cpu.lma and not cpu.canonical(seg.base):
+        if cpu.lma and not cpu.canonical_base(seg.base):
             raise Fault(GP, desc.error_of(selector))
         desc.set_type(cpu, selector, data, _BUSY)
         cpu.tr = replace(seg, type=seg.type | _BUSY)

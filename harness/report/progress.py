@@ -28,7 +28,7 @@ class Progress:
         self, stream: TextIO | None = None, *, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._stream = sys.stdout if stream is None else stream
-        is_terminal = self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        is_terminal = self._stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
         self._terminal = is_terminal if terminal is None else terminal
         self._clock = clock
         self._began = self._last = clock()
@@ -40,7 +40,7 @@ class Progress:
 
     def begin(self, total: int) -> None:
         """``total`` Cases are about to run; the clock starts."""
-        if not self._total:
+        if not self._done:
             self._began = self._clock()
         self._total = total
         self._update(force=True)
@@ -63,10 +63,12 @@ class Progress:
         self._write(f"{erase}{text}\n{shown}")
         self._shown = shown
 
-    def close(self) -> None:
-        """Take the updating line away."""
+    def close(self, *, keep: bool = False) -> None:
+        """The end: the updating line stays as it is last, or goes."""
         if self._shown:
-            self._write("\r\x1b[K")
+            if keep and self._done:
+                self._draw(self.line())
+            self._write("\n" if keep and self._done else "\r\x1b[K")
             self._shown = ""
 
     def line(self) -> str:

@@ -21,7 +21,8 @@ from harness.report.listing import linear, listing
 
 LINE: Final = 16
 """Bytes that stay or go together."""
-_LONG: Final = 512  # bytes of a stretch that is worth it
+_LONG: Final = 256  # bytes of a stretch that is worth it
+_TABLE: Final = 16  # words in arithmetic progression that are no accident
 _BUDGET: Final = 20_000  # instructions: what runs for longer has lost its way
 _COMPARED: Final = ("exit", "sections", "ignore", "accept", "pages_ignore")
 _Run = Callable[[Case], Difference | None]
@@ -112,7 +113,8 @@ def _candidates(case: Case, difference: Difference | None) -> list[int]:
 
 def _long_stretches(case: Case, slot: Slot) -> Iterator[int]:
     image = bytearray(case.memory.image(slot))
-    words = {f.gpa - slot.gpa + n * f.stride for f in find_fills(bytes(image), slot.gpa) for n in range(f.count)}
+    tables = (f for f in find_fills(bytes(image), slot.gpa) if f.count >= _TABLE)
+    words = {f.gpa - slot.gpa + n * f.stride for f in tables for n in range(f.count)}
     for at in words:
         image[at : at + 8] = bytes(8)
     for blob in byte_runs(bytes(image), slot.gpa, {at // 8 for at in words}):

@@ -41,7 +41,7 @@ def text_report(run: RunResults) -> str:
 
 
 def _cases(run: RunResults) -> Iterator[str]:
-    for record in with_verdict(run.records, *BAD, *NOTED):
+    for record in with_verdict(run.records, *BAD) + with_verdict(run.records, *NOTED):
         cell = f" [{run.cell(record)}]" if len(run.cells) > 1 else ""
         yield f"{record['verdict']:10s} {record['id']} {record['case']}{cell}: {record['summary']}"
         if verdict_of(record) in BAD:

@@ -1,8 +1,12 @@
 """The command line as a user meets it: exit statuses, errors, and nothing finished ever lost."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,20 +15,22 @@ from pathlib import Path
 
 import pytest
 
-from harness.journal import JournalError, read_journal
+from harness.journal import NAME, JournalError, read_journal, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SOME = "gpr and long and not user"
 
 
 def harness(*words, **options):
-    command = [sys.executable, "-m", "harness.cli", *map(str, words)]
+    command = [sys.executable, "-m", "harness", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
 def start(*words):
-    command = [sys.executable, "-m", "harness.cli", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "harness", *map(str, words)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )  # fmt: skip
 
 
 def finished(folder):
@@ -67,7 +73,43 @@ def test_selecting_nothing_is_not_success(tmp_path):
 def test_bad_expression_is_status_2(tmp_path):
     done = harness("run", "-k", "a and", "--out", tmp_path / "o")
     assert done.returncode == 2
+    assert "'mmio and not @real#'" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_name_of_a_case_selects_it(tmp_path, workers):
+    done = harness("run", "-k", "alu/add_rr_b@long#0", "--out", tmp_path / "o", "-n", workers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [r["case"] for r in finished(tmp_path / "o")] == ["alu/add_rr_b@long#0"]
+
+
+def test_a_mode_can_be_selected_exactly(tmp_path):
+    harness("run", "-k", "gpr and xchg_ecx and @long#", "--out", tmp_path / "o")
+    assert [r["case"] for r in finished(tmp_path / "o")] == ["gpr/xchg_ecx@long#0"]
+
+
+def test_a_name_without_k_is_explained():
+    done = harness("run", "mmio")
+    assert done.returncode == 2
+    assert "use -k mmio" in done.stderr
+
+
+def test_selecting_nothing_leaves_no_folder(tmp_path):
+    done = harness("run", "-k", "nosuchthing", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_nothing_at_all_says_how_to_begin():
+    done = harness()
+    assert done.returncode == 2
+    assert "kvm-harness --help" in done.stderr
+
+
+def test_version():
+    assert harness("--version").stdout.startswith("kvm-harness 0.")
 
 
 def test_run_writes_a_journal_with_a_line_a_case(tmp_path):
@@ -99,14 +141,66 @@ def test_second_run_into_one_folder_is_refused(tmp_path):
     assert finished(tmp_path / "o") == before
 
 
-def test_interrupted_run_is_status_130_and_keeps_its_results(tmp_path):
-    child = start("run", "--out", tmp_path / "o")
+def test_a_run_off_a_terminal_tells_of_its_progress_in_ten_lines(tmp_path):
+    done = harness("run", "-k", SOME, "--out", tmp_path / "o")
+    assert len(re.findall(r"^\d+/\d+ cases, \d+%, \d+/s, 0 mismatches, \d+ s$", done.stdout, re.MULTILINE)) == 10
+    assert "\r" not in done.stdout
+    assert len(done.stdout.splitlines()) < 30
+
+
+def test_a_run_on_a_terminal_has_one_line_that_updates_itself(tmp_path):
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "harness", "run", "-k", SOME, "-n", "2", "--out", str(tmp_path / "o")]
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    child = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=env)
+    os.close(terminal)
+    text = ""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while data := os.read(controller, 65536):
+            text += data.decode()
+    assert child.wait() == 0
+    lines = text.split("\r\n")
+    assert re.search(r"\r\x1b\[K\d+/\d+ cases, \d+%, \d+/s, 0 mismatches, \d+ s", text)
+    stays = [line.split("\r\x1b[K")[-1] for line in lines]
+    assert sum("100%" in line for line in stays) == 1
+    assert sum(bool(re.search(r" \d\d?%,", line)) for line in stays) == 0, "the others are overwritten"
+    assert "bringing up" not in text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupted_run_is_one_line_and_keeps_its_results(tmp_path, workers):
+    child = start("run", "--out", tmp_path / "o", "-n", workers)
     wait_for_results(tmp_path / "o", 20, child)
-    child.send_signal(signal.SIGINT)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    began = time.monotonic()
     text = child.communicate(timeout=60)[0]
     assert child.returncode == 130, text
-    assert "finished results are in" in text
-    assert len(finished(tmp_path / "o")) >= 20
+    assert time.monotonic() - began < 5
+    said = [line for line in text.splitlines() if "cases" not in line]
+    assert said == [f"kvm-harness: interrupted; finished results are in {tmp_path / 'o'}"]
+    records = finished(tmp_path / "o")
+    assert len(records) >= 20
+    assert read_run(tmp_path / "o").damage == ()
+
+
+@pytest.mark.parametrize("milliseconds", [60, 150, 400, 1000])
+@pytest.mark.parametrize("words", [("run",), ("run", "-n", "2"), ("replay", "alu/add_rr_b@long#0")])
+def test_an_interrupt_at_the_start_is_one_line(tmp_path, words, milliseconds):
+    more = ("--out", tmp_path / "o") if words[0] == "run" else ()
+    script = ROOT / "bin" / "kvm-harness"
+    (tmp_path / "python").symlink_to(sys.executable)  # it starts the Python that lies beside it
+    (tmp_path / "kvm-harness").write_text(script.read_text())
+    command = ["sh", tmp_path / "kvm-harness", *words, *more]
+    env = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    child = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=env,
+    )  # fmt: skip
+    time.sleep(milliseconds / 1000)
+    os.killpg(child.pid, signal.SIGINT)
+    text = child.communicate(timeout=60)[0]
+    assert child.returncode == 130, text
+    assert re.fullmatch(r"(\d+ cases on .*\n)?kvm-harness: interrupted.*\n", text)
 
 
 def test_killed_run_keeps_its_results(tmp_path):
@@ -131,6 +225,86 @@ def test_full_disk_is_lost_not_failed_and_keeps_what_was_written(tmp_path):
     assert done.returncode == 4, done.stdout + done.stderr
     assert "finished results are kept" in done.stdout + done.stderr
     assert len(finished(tmp_path / "o")) > 5
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
+    child = start("run", "-k", SOME, "--out", tmp_path / "o")
+    child.stdout.close()
+    assert child.wait(timeout=120) == 0
+    assert read_run(tmp_path / "o").complete
+
+
+def test_full_standard_output_is_lost_but_the_results_are_whole(tmp_path):
+    command = [sys.executable, "-m", "harness", "run", "-k", SOME, "--out", str(tmp_path / "o")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert done.returncode == 4
+    assert f"the results are in {tmp_path / 'o'}" in done.stderr
+    assert read_run(tmp_path / "o").complete
+
+
+# --- reports --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results") / "o"
+    assert harness("run", "-k", SOME, "--out", folder).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"),
+    [("html", "<!DOCTYPE html>"), ("junit", "<?xml"), ("ktap", "KTAP version 1"), ("text", "Linux ")],
+)
+def test_one_view_is_printed(results, name, begin):
+    done = harness("report", results, "--format", name)
+    assert done.returncode == 0
+    assert done.stdout.startswith(begin)
+
+
+def test_several_views_become_files(results):
+    done = harness("report", results, "--format", "html,text,junit,ktap")
+    assert done.returncode == 0
+    for path in map(Path, done.stdout.split()):
+        assert path.parent == results
+        assert path.stat().st_size > 100
+        path.unlink()
+
+
+def test_unknown_format_is_refused(results):
+    done = harness("report", results, "--format", "pdf")
+    assert done.returncode == 2
+    assert "give text, html, junit, ktap" in done.stderr
+
+
+def test_a_damaged_line_is_said_and_the_rest_is_shown(results, tmp_path):
+    lines = (results / NAME).read_bytes().splitlines(keepends=True)
+    (tmp_path / NAME).write_bytes(b"".join((*lines[:5], lines[5][:20] + b"\n", *lines[6:])))
+    done = harness("report", tmp_path)
+    assert done.returncode == 4
+    assert f"{tmp_path / NAME}:6: damaged" in done.stderr
+    assert f"{len(lines) - 3} cases" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_report_needs_no_device(results):
+    assert "--kvm-device" not in harness("report", "--help").stdout
+    assert harness("report", results, "--kvm-device", "/dev/kvm").returncode == 2
+
+
+def test_runs_are_compared(results, tmp_path):
+    assert harness("compare", results, results).returncode == 0
+    text = (results / NAME).read_text()
+    (tmp_path / NAME).write_text(text.replace('"verdict":"agree"', '"verdict":"mismatch"', 1))
+    done = harness("compare", results, tmp_path)
+    assert done.returncode == 1
+    assert "agree -> mismatch: 1 cases" in done.stdout
+    assert harness("compare", tmp_path, results).returncode == 0
+    assert harness("compare", results, tmp_path / "none").returncode == 2
+
+
+# --- replay ---------------------------------------------------------------------------------------------------------
 
 
 def test_probe_json_is_json():
@@ -160,7 +334,7 @@ def test_replay_by_id(tmp_path):
     assert f"{record['case']} {record['id']}: agree" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["probe", "run", "replay", "report"])
+@pytest.mark.parametrize("verb", ["probe", "run", "replay", "report", "compare"])
 def test_help_has_an_example_and_the_statuses(verb):
     text = harness(verb, "--help").stdout
     assert "example: kvm-harness" in text
@@ -187,6 +361,29 @@ def test_missing_assembler_is_said(tmp_path):
     assert "apt-get install binutils" in done.stderr
 
 
+def test_the_command_under_a_failure_works(tmp_path):
+    """Of a Case that came from a file, and that no list has: the file."""
+    case = tmp_path / "a case.json"
+    case.write_text((ROOT / "docs/trophies/0001-cmpxchg-r32.json").read_text())
+    done = harness("replay", case)
+    if done.returncode == 0:
+        pytest.skip("this KVM runs CMPXCHG natively, or has the defect mended")
+    command = shlex.split(done.stdout.splitlines()[-1])
+    assert command[:2] == ["kvm-harness", "replay"]
+    assert harness(*command[1:]).stdout == done.stdout
+    source = harness(*command[1:], "--emit-c").stdout
+    assert len(source) < 40_000
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_c_files_of_the_trophies_compile_and_end_in_a_verdict(number, tmp_path):
+    (source,) = ROOT.glob(f"docs/trophies/{number:04}-*.c")
+    assert source.stat().st_size < 40_000
+    subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "x", source], check=True)
+    done = subprocess.run([tmp_path / "x"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) in ((1, "DEFECT REPRODUCED"), (0, "not reproduced: agrees"))
+
+
 def test_trophy_is_reproduced_by_its_case_and_by_the_c_made_of_it(tmp_path):
     case = ROOT / "docs/trophies/0001-cmpxchg-r32.json"
     done = harness("replay", case)
@@ -203,7 +400,7 @@ def test_trophy_is_reproduced_by_its_case_and_by_the_c_made_of_it(tmp_path):
 
 @pytest.mark.parametrize("words", [["probe"], ["probe", "--json"], ["--help"]])
 def test_full_standard_output_is_lost_without_a_traceback(words):
-    command = [sys.executable, "-m", "harness.cli", *words]
+    command = [sys.executable, "-m", "harness", *words]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode != 1

@@ -1,5 +1,6 @@
 """The C reproducer does on /dev/kvm what the harness did: same exits, same values, and the verdict as exit status."""
 
+import random
 import subprocess
 from dataclasses import replace
 
@@ -23,8 +24,10 @@ from harness.exits import Halt, Shutdown
 from harness.lockstep import Difference, compare_registers, lockstep
 from harness.machine import KvmMachine, Recording, record
 from harness.modes import CODE_BASE, DATA_BASE, setup
+from harness.reference.machine import ReferenceMachine
 from harness.report.emit_c import EmitError, emit_c
 from harness.report.listing import exit_line
+from harness.report.reduce import reduced, same_difference
 from harness.state import pack_sections, unpack_sections
 
 HOST = "a test */ with /* comment signs"
@@ -133,6 +136,8 @@ FORMS = {
     "set sregs": form(OUT_INC_HLT, {"fs.base": 1}, actions=(Run(1), SetState((("fs.base", 0x5000),), "sregs"), Run(4))),
     "set sync": form(OUT_INC_HLT, RAX, actions=(Run(1), SetState((("rax", 9),), "sync"), Run(4))),
     "steps": form("ff c0 ff c3 f4", {"rbx": 7, "rip": 1}, actions=(Step(2),)),
+    "steps over device reads": form("e4 60 66 ed ff c3 f4", {"rbx": 7}, actions=(Step(3),), seed=3),
+    "a step over an MMIO read": form("8b 14 25 00 00 0a 00 90 f4", {"rdx": 1}, actions=(Step(2),), seed=4),
     "exception": form("ff c0 f4", {"rip": 1, "rsp": 2}, actions=(Inject("exception", 13, 0), Run(2))),
     "interrupt": form("ff c0 f4", RIP, registers={"rflags": 0x202}, actions=(Inject("interrupt", 0x21), Run(2))),
     "nmi": form("ff c0 f4", RIP, actions=(Inject("nmi"), Run(2))),
@@ -159,6 +164,85 @@ def test_c_shows_what_the_harness_saw(machine, profile, tmp_path, name):
     wrong = [f"{d.name}: expected {d.expected:#x} got {d.got:#x}" for d in found.registers]
     assert done.stdout.splitlines() == [*shown, *wrong, "DEFECT REPRODUCED"], done.stderr
     assert done.returncode == 1
+
+
+def test_a_step_ends_at_its_debug_exit_and_not_at_a_device(machine, profile, tmp_path):
+    """Two steps, the first over an IN: three exits. Taking each for a step would stop after two."""
+    case = case_of(profile, bytes.fromhex("e460 ffc3 ffc3 f4"), actions=(Step(2),), seed=3)
+    shown = [seen.exit for step in record(machine, case) for seen in step]
+    assert [type(e).__name__ for e in shown] == ["Io", "Debug", "Debug"]
+    done = run_c(tmp_path, emit_c(case, None, HOST))
+    assert done.stdout.splitlines() == [f"exit {n}: {exit_line(e)}" for n, e in enumerate(shown)]
+
+
+# --- without the RAM that is not needed -----------------------------------------------------------------------------
+
+FILLING = Blob(DATA_BASE, random.Random(1).randbytes(0x5000))
+OTHER_CODE = Blob(CODE_BASE + 0x100, random.Random(2).randbytes(0x1000))
+
+
+def filled(profile, code, registers=None, **more):
+    case = case_of(profile, bytes.fromhex(code), registers, **more)
+    return replace(case, memory=case.memory.plus(FILLING, OTHER_CODE))
+
+
+def compared(machine, case):
+    return lockstep(case, ReferenceMachine(), machine).difference
+
+
+def smaller(machine, case, run=None):
+    found = compared(machine, case)
+    left, again = reduced(case, found, run or (lambda c: compared(machine, c)))
+    assert same_difference(found, again)
+    return left, again
+
+
+def bytes_of(case):
+    (slot,) = case.shape.slots
+    return sum(map(bool, case.memory.image(slot)))
+
+
+def test_a_small_reproducer_shows_the_same(machine, profile, tmp_path):
+    case = filled(profile, "8b 14 25 10 20 01 00 0f b1 d1 f4", {"rax": 0x1111111122222222, "rcx": 0x3333333344444444})
+    whole = emit_c(case, compared(machine, case), HOST)
+    left, found = smaller(machine, case)
+    source = emit_c(left, found, HOST, again="'a/name@long#0'")
+    assert len(source) < 25_000 < 100_000 < len(whole)
+    assert "kvm-harness replay 'a/name@long#0'" in source
+    assert run_c(tmp_path, source).stdout == run_c(tmp_path, whole).stdout
+
+
+def test_what_the_guest_reads_stays(machine, profile):
+    case = filled(profile, "8b 14 25 10 20 01 00 f4")  # mov edx, [0x12010]
+    left, found = smaller(machine, case)
+    assert found is None
+    assert bytes_of(left) < bytes_of(case) - 20_000
+    machine.load(left)
+    (seen,) = machine.apply(left.actions[0])
+    at = 0x12010 - DATA_BASE
+    assert unpack_sections(seen.sections).gpr[2] == int.from_bytes(FILLING.data[at : at + 4], "little")
+
+
+def test_what_a_wrong_kvm_reads_stays_too(machine, profile):
+    """A difference that hangs on bytes which the model does not use: they are found by asking."""
+    case = filled(profile, "ff c0 f4")
+    seen = record(machine, case)[0][0]
+    needed = DATA_BASE + 0x2345
+
+    def run(candidate):
+        (slot,) = candidate.shape.slots
+        value = candidate.memory.image(slot)[needed]
+        wrong = altered(seen, {"rbx": value})
+        return Difference(0, 0, seen, wrong, compare_registers(seen, wrong))
+
+    left, again = reduced(case, run(case), run)
+    assert same_difference(run(case), again)
+    assert bytes_of(left) < bytes_of(case) - 20_000
+
+
+def test_a_guest_unknown_to_the_model_keeps_its_ram(machine, profile):
+    case = filled(profile, "c5 f9 ef c0 f4")  # vpxor
+    assert reduced(case, None, lambda c: None) == (case, None)
 
 
 def test_memory_is_compared_byte_by_byte(machine, profile, tmp_path):

@@ -1,6 +1,7 @@
 """The lab's own emulator: it can be built here, its machines start, and its APX passes the bare self-test."""
 
 import dataclasses
+import re
 import shutil
 import subprocess
 
@@ -75,9 +76,9 @@ def test_emulator_without_apx_is_refused(emulator):
 
 def test_patches_apply_without_fuzz(tmp_path):
     tarball = qemu_build._source(print)
-    names = {line.split()[1].removeprefix("b/") for patch in qemu_build.patches()
-             for line in patch.read_text().splitlines() if line.startswith("+++ ")}  # fmt: skip
-    members = [f"qemu-{qemu_build.RELEASE}/{name}" for name in sorted(names)]
+    text = "".join(patch.read_text() for patch in qemu_build.patches())
+    changed = set(re.findall(r"^--- a/(\S+)$", text, re.MULTILINE))
+    members = [f"qemu-{qemu_build.RELEASE}/{name}" for name in sorted(changed)]
     subprocess.run(["tar", "-C", tmp_path, "-xf", tarball, *members], check=True)
     root = tmp_path / f"qemu-{qemu_build.RELEASE}"
     for patch in qemu_build.patches():

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-from harness.journal import NAME, Journal, JournalError, read_journal
+from harness.journal import NAME, Journal, JournalError, new_folder, read_journal, read_run
+
+
+def record(name="gpr/x@long#0", verdict="agree", **more):
+    return {"case": name, "id": "0123456789ab", "verdict": verdict, "checks": 1, "summary": "", "seconds": 0.1, **more}
+
+
+def lines_of(folder):
+    return (folder / NAME).read_text().splitlines(keepends=True)
 
 
 def test_what_is_appended_is_read_back(tmp_path):
@@ -102,3 +110,80 @@ def test_full_disk_keeps_what_was_written(tmp_path):
     assert len(cases) > 5
     assert (tmp_path / NAME).read_text().endswith("\n")
     json.loads((tmp_path / NAME).read_text().splitlines()[-1])
+
+
+# --- reading what is left of a run ----------------------------------------------------------------------------------
+
+
+def written(folder, *records, finished=True, **header):
+    journal = Journal(folder, {"host": "h", **header})
+    for one in records:
+        journal.append(one)
+    if finished:
+        journal.append({"finished": True})
+    journal.close()
+    return folder
+
+
+def test_a_whole_run_is_complete(tmp_path):
+    run = read_run(written(tmp_path, record(), record("gpr/y@real#0")))
+    assert [r["case"] for r in run.records] == ["gpr/x@long#0", "gpr/y@real#0"]
+    assert run.complete
+    assert run.incomplete_because() == []
+    assert (run.header["host"], run.folder) == ("h", tmp_path)
+
+
+def test_a_run_without_its_end_is_incomplete(tmp_path):
+    run = read_run(written(tmp_path, record(), finished=False))
+    assert not run.complete
+    assert "incomplete" in run.incomplete_because()[0]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"garbage\n", b'{"case": "y", "ver\n', b"[]\n", b'{"case": "y"}\n', b"\xff\xfe\n", b"\n",
+        b'{"case":"y","id":"x","verdict":"splendid","checks":1,"summary":"","seconds":0}\n',
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_left_out_and_said(tmp_path, garbage):
+    written(tmp_path, record("a/a@real#0"), record("a/b@real#0"))
+    lines = (tmp_path / NAME).read_bytes().splitlines(keepends=True)
+    (tmp_path / NAME).write_bytes(b"".join((*lines[:2], garbage, *lines[2:])))
+    run = read_run(tmp_path)
+    assert [r["case"] for r in run.records] == ["a/a@real#0", "a/b@real#0"]
+    assert [d.line for d in run.damage] == [3]
+    assert run.finished
+    assert not run.complete
+    assert f"{tmp_path / NAME}:3: damaged" in run.incomplete_because()[0]
+
+
+def test_a_damaged_header_does_not_hide_the_rest(tmp_path):
+    written(tmp_path, record())
+    (tmp_path / NAME).write_text("garb" + "".join(lines_of(tmp_path))[4:])
+    run = read_run(tmp_path)
+    assert [d.line for d in run.damage] == [1]
+    assert len(run.records) == 1
+
+
+@pytest.mark.parametrize("text", ["", "no journal\n", '{"x": 1}\n', '{"journal": 99}\n'])
+def test_what_is_no_journal_is_refused(tmp_path, text):
+    (tmp_path / NAME).write_text(text)
+    with pytest.raises(JournalError, match="not a journal"):
+        read_run(tmp_path)
+
+
+def test_cells_come_from_the_header_or_from_the_records(tmp_path):
+    assert read_run(written(tmp_path / "a", record())).cells == ("",)
+    assert read_run(written(tmp_path / "b", record(), cell="svm × 7.3")).cells == ("svm × 7.3",)
+    run = read_run(written(tmp_path / "c", record(cell="two"), record(), cell="one"))
+    assert run.cells == ("one", "two")
+    assert run.cell(run.records[0]) == "two"
+
+
+def test_new_folders_are_not_there_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = new_folder()
+    first.mkdir(parents=True)
+    assert first.parent.name == "out"
+    assert not new_folder().exists()

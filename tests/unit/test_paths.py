@@ -2,11 +2,13 @@
 
 import pytest
 
-from harness.case import Case
+from harness.case import Case, Step
 from harness.cpuid import CpuidEntry, CpuProfile, with_features
+from harness.exits import Debug, Halt
 from harness.modes import CODE_BASE, CODE_END, MODES
 from harness.paths import FAMILIES, all_cases
 from harness.paths.common import guest_for
+from harness.reference.machine import ReferenceMachine
 
 PROFILE = with_features(CpuProfile((CpuidEntry(0),)), add=["lm", "nx", "syscall", "pae", "pse"])
 
@@ -24,7 +26,7 @@ def test_names_are_unique_and_ids_differ(suite):
 
 def test_every_mode_and_every_family_has_cases(suite):
     assert {c.name.split("@")[1].split("#")[0] for c in suite} == set(MODES)
-    assert {c.name.split("/")[0] for c in suite} == {f.name for f in FAMILIES} | {"resume"}
+    assert {c.name.split("/")[0] for c in suite} == {f.name for f in FAMILIES} | {"resume", "step"}
 
 
 def test_generation_is_stable(suite):
@@ -52,7 +54,8 @@ def test_ram_of_every_case_fits_its_shape(suite):
 
 
 def test_one_memory_is_shared_by_all_entries_of_a_guest_in_a_mode(suite):
-    assert len({id(c.memory) for c in suite}) == sum(len(f.modes) for f in FAMILIES)
+    plain = [c for c in suite if c.name.split("/")[0] not in ("resume", "step")]
+    assert len({id(c.memory) for c in plain}) == sum(len(f.modes) for f in FAMILIES)
 
 
 def test_registers_have_values_of_their_own_and_a_valid_stack(suite):
@@ -75,6 +78,18 @@ def test_apx_registers_are_filled_only_for_a_profile_with_apx():
 def test_a_case_survives_json(suite):
     for case in suite[::2500]:
         assert Case.from_json(case.to_json()).id == case.id
+
+
+def test_a_stepped_case_ends_before_its_hlt():
+    """As many steps as the name says and the mode adds lead to the HLT; the model counts them."""
+    for case in all_cases(PROFILE, families=["step"]):
+        machine = ReferenceMachine()
+        machine.load(case)
+        (action,) = case.actions
+        seen = machine.apply(action)
+        assert [s.exit for s in seen if isinstance(s.exit, Debug)] != []
+        assert not seen[-1].exit.terminal, case.name
+        assert isinstance(machine.apply(Step(1))[-1].exit, Halt), case.name
 
 
 def test_unknown_family_is_refused():

@@ -1,0 +1,200 @@
+"""Known divergences excuse exactly what their row names, and nothing beside it."""
+
+from dataclasses import replace
+
+import pytest
+
+from harness.case import Blob, Case, Memory, Observation, Step
+from harness.cpuid import CpuProfile
+from harness.exits import Debug, Halt, Io, Timeout
+from harness.known import FILE, KnownDivergence, KnownError, load_known
+from harness.lockstep import Difference, compare_registers
+from harness.machine import MemoryDiff
+from harness.modes import CODE_BASE, DATA_BASE, STUBS, setup
+from harness.state import pack_sections
+
+ROOT = FILE.parent
+
+
+def row(wrong, register=("rflags",)):
+    return KnownDivergence("x", ("*",), ("*",), tuple(register), wrong, "", "", "")
+
+
+def case_of(code, mode="long"):
+    start = setup(mode, entry=CODE_BASE)
+    memory = Memory((*start.blobs, Blob(CODE_BASE, bytes.fromhex(code)), Blob(DATA_BASE, b"\x77" * 64)))
+    return Case("step/x", memory, start.state, CpuProfile(()), bits=start.bits, actions=(Step(1),))
+
+
+def seen(case, exit_, **values):
+    state = case.start.with_(values)
+    return Observation(exit_, pack_sections(state, ("regs", "sregs2")))
+
+
+def differing(case, expected, got, memory=()):
+    return Difference(0, 0, expected, got, compare_registers(expected, got), tuple(memory))
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_names_files_that_are_there():
+    for known in load_known():
+        assert (ROOT / known.reproducer).is_file(), known.name
+        assert (ROOT / known.reference).is_file(), known.name
+
+
+def test_row_names_are_unique():
+    names = [known.name for known in load_known()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (('wrong = "timeout"', 'wrong = "whatever"'), "wrong must be"),
+        (('why = "w"\n', ""), "missing or unknown: why"),
+        (('why = "w"', "why = "), "Invalid value"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_named(tmp_path, change, error):
+    text = (
+        '[[divergence]]\nname = "n"\ncases = ["*"]\nmodule = ["*"]\nregister = []\nwrong = "timeout"\nwhy = "w"\n'
+        'reproducer = "r"\nreference = "f"\n'
+    )
+    path = tmp_path / "known.toml"
+    path.write_text(text)
+    assert load_known(path)[0].wrong == "timeout"
+    path.write_text(text.replace(*change))
+    with pytest.raises(KnownError, match=error):
+        load_known(path)
+
+
+def test_a_row_covers_its_cases_on_its_hosts():
+    known = replace(row("timeout"), cases=("fault/int_*@real#?",), module=("kvm_pvm",))
+    assert known.covers("fault/int_80@real#0", "kvm_pvm")
+    assert not known.covers("fault/int_80@real#0", "kvm_amd")
+    assert not known.covers("fault/int_80@long#0", "kvm_pvm")
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_number_is_the_exact_value():
+    case = case_of("f4")
+    found = differing(case, seen(case, Halt(), rflags=0x46), seen(case, Halt(), rflags=0x6))
+    assert row(0x6).explains(case, found)
+    assert not row(0x46).explains(case, found)
+    assert not row(0x6, ["rax"]).explains(case, found)
+
+
+def test_cleared_set_and_zero_extended():
+    case = case_of("f4")
+
+    def explains(wrong, want, got, name="rflags"):
+        found = differing(case, seen(case, Halt(), **{name: want}), seen(case, Halt(), **{name: got}))
+        return row(wrong, [name]).explains(case, found)
+
+    assert explains("clear 0x40000", 0x40002, 0x2)
+    assert not explains("clear 0x40000", 0x40042, 0x2)
+    assert explains("set 0x10000", 0x2, 0x10002)
+    assert explains("zero-extended-32", 0x1111111122222222, 0x22222222, "rcx")
+    assert not explains("zero-extended-32", 0x1111111122222222, 0x22222223, "rcx")
+
+
+def test_a_timeout_and_a_missing_exception():
+    case = case_of("f4")
+    want = seen(case, Halt(), rip=STUBS + 0xD1)
+    assert row("timeout").explains(case, differing(case, want, Observation(Timeout(1.0), {})))
+    assert not row("timeout").explains(case, differing(case, want, seen(case, Halt())))
+    assert row("no-exception").explains(case, differing(case, want, seen(case, Halt(), rip=CODE_BASE + 1)))
+    assert not row("no-exception").explains(case, differing(case, want, seen(case, Halt(), rip=STUBS + 0x61)))
+
+
+def test_memory_that_was_not_written_holds_what_it_held():
+    case = case_of("f4")
+    both = seen(case, Halt())
+    old = MemoryDiff(DATA_BASE, b"\0\0\0\0", b"\x77\x77\0\x77")
+    assert row("not-written").explains(case, differing(case, both, both, [old]))
+    other = MemoryDiff(DATA_BASE, b"\0\0\0\0", b"\x77\x78\0\x77")
+    assert not row("not-written").explains(case, differing(case, both, both, [other]))
+
+
+# --- single steps ---------------------------------------------------------------------------------------------------
+
+
+def late(case, pc=CODE_BASE + 2, **values):
+    want = seen(case, Debug(1, CODE_BASE + 2, 0xFFFF4FF0), rip=CODE_BASE + 2)
+    return differing(case, want, seen(case, Debug(1, pc, 0xFFFF4FF0), **{"rip": pc, **values}))
+
+
+def test_a_late_step_has_executed_the_hlt_and_nothing_else():
+    case = case_of("e680f4")
+    assert row("late-step").explains(case, late(case, CODE_BASE + 3))
+    assert not row("late-step").explains(case, late(case, CODE_BASE + 4))
+    assert not row("late-step").explains(case, late(case, CODE_BASE + 3, rax=5))
+    assert not row("late-step").explains(case, late(case, CODE_BASE + 3, rip=CODE_BASE + 4))
+    assert not row("late-step").explains(case_of("e68090"), late(case, CODE_BASE + 3))
+
+
+def test_another_exit_is_no_late_step():
+    case = case_of("e680f4")
+    found = late(case, CODE_BASE + 3)
+    assert not row("late-step").explains(case, replace(found, got=replace(found.got, exit=Halt())))
+    assert not row("late-step").explains(case, replace(found, got=replace(found.got, exit=Io(0x80, 1, True, b"x"))))
+    assert not row("late-step").explains(case, replace(found, got=None))
+    other = Debug(1, CODE_BASE + 3, 0xFFFF0FF0)
+    assert not row("late-step").explains(case, replace(found, got=replace(found.got, exit=other)))
+
+
+def whole_rep(case, got, memory=(), left=2):
+    at = Debug(1, CODE_BASE, 0xFFFF4FF0)
+    want = seen(case, at, rcx=left, rsi=DATA_BASE + 1, rdi=DATA_BASE + 0x101)
+    values = {"rcx": 0, "rsi": DATA_BASE + 3, "rdi": DATA_BASE + 0x103, **got}
+    return differing(case, want, seen(case, at, **values), memory)
+
+
+def test_a_rep_in_one_step_has_done_what_was_left():
+    case = case_of("f3a4f4")
+    explains = row("whole-rep").explains
+    assert explains(case, whole_rep(case, {}))
+    assert explains(case, whole_rep(case, {}, [MemoryDiff(DATA_BASE + 0x101, b"\0\0\0", b"\1\2\0")]))
+    assert not explains(case, whole_rep(case, {}, [MemoryDiff(DATA_BASE + 0x101, b"\0\0\0", b"\1\2\3")]))
+    assert not explains(case, whole_rep(case, {"rcx": 1}))
+    assert not explains(case, whole_rep(case, {"rsi": DATA_BASE + 4}))
+    assert not explains(case, whole_rep(case, {"rax": 1}))
+    assert not explains(case, whole_rep(case, {"rsi": DATA_BASE + 1, "rdi": DATA_BASE + 0x101}, left=0))
+
+
+def test_a_rep_with_16_bit_addresses_counts_in_cx():
+    case = case_of("f3a4f4", "real")
+    high = 0xABCD0000
+    at = Debug(1, CODE_BASE, 0xFFFF4FF0)
+    want = seen(case, at, rcx=high | 2, rsi=0x201, rdi=high | 0x301)
+    got = seen(case, at, rcx=high, rsi=0x203, rdi=high | 0x303)
+    there = MemoryDiff(case.start.es.base + 0x301, b"\0\0", b"\1\2")
+    assert row("whole-rep").explains(case, differing(case, want, got, [there]))
+    elsewhere = MemoryDiff(case.start.es.base + 0x300, b"\0\0", b"\1\2")
+    assert not row("whole-rep").explains(case, differing(case, want, got, [elsewhere]))
+
+
+# --- flags in an exception's frame ----------------------------------------------------------------------------------
+
+
+def flags_and_frame(want, got, image, undefined=0, image_undefined=0):
+    case = case_of("f4")
+    expected = seen(case, Halt(), rflags=want)
+    expected.ignore, expected.pages_ignore = {"rflags": undefined}, {DATA_BASE: image_undefined}
+    return case, differing(case, expected, seen(case, Halt(), rflags=got), [MemoryDiff(DATA_BASE, *image)])
+
+
+def test_the_saved_image_may_differ_in_the_same_bits_only():
+    assert row(0x86).explains(*flags_and_frame(0x6, 0x86, (b"\x06\0", b"\x86\0")))
+    assert not row(0x86).explains(*flags_and_frame(0x6, 0x86, (b"\x06\0", b"\x87\0")))
+    assert not row(0x86).explains(*flags_and_frame(0x6, 0x86, (b"\x06\1", b"\x86\0")))
+
+
+def test_undefined_bits_need_not_be_the_same_in_the_saved_image():
+    assert row(0x86).explains(*flags_and_frame(0x817, 0x86, (b"\x06", b"\x86"), 0x811))
+    assert row(0x86).explains(*flags_and_frame(0x6, 0x86, (b"\x17", b"\x86"), 0, 0x11))
+    assert not row(0x86).explains(*flags_and_frame(0x817, 0x86, (b"\x06", b"\x86"), 0x810))
