@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from harness.lab.cache import area
-from harness.lab.configurations import CONFIGURATIONS, configuration
-from harness.lab.errors import LabInputError
+from harness.lab.configurations import CONFIGURATIONS, Configuration, configuration
+from harness.lab.errors import LabError, LabInputError
 from harness.lab.planner import TIERS
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from harness.lab.session import Cell
 
 DEFAULT_SERIES: Final = "newest"
+SOURCE_SERIES: Final = "7.3"
+"""Debian's kernel source for configurations that edit the kernel."""
 
 
 class Verb(Protocol):
@@ -77,12 +79,38 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     for config in chosen:
         if config.needs - hardware.features:
             raise LabInputError(f"{config.name}: {hardware.name} has no {', '.join(config.needs - hardware.features)}")
+        if "apx" in config.needs:
+            _check_apx(hardware)
     image = base_image(_say)
+    stock = kernels(args) if any(not config.edits for config in chosen) else []
     return [
-        Cell(config, kernel, hardware, image, outer_acceleration(config.extension))
-        for kernel in kernels(args)
+        Cell(config, kernel, hardware, image, "tcg" if config.needs else outer_acceleration(config.extension))
         for config in chosen
+        for kernel in ([_edited(args, config)] if config.edits else stock)
     ]
+
+
+def _check_apx(hardware: Emulator) -> None:
+    """The bare self-test of APX, before anything is said about KVM. LabError when the hardware is broken."""
+    from harness.lab.hardware import apx_selftest
+
+    found = apx_selftest(hardware, _say)
+    _say(f"APX self-test of {hardware.name}: {found.passed} passed, {found.failed} failed")
+    if found.failed:
+        raise LabError(f"{hardware.name}: its APX is broken, nothing is said about KVM:\n{found.output}")
+
+
+def _edited(args: argparse.Namespace, config: Configuration) -> Kernel:
+    """The kernel of a configuration that edits it: from the user's tree, or else from Debian's newest source."""
+    from harness.lab.edits import named
+    from harness.lab.kbuild import kernel_from_tree
+    from harness.lab.ksource import debian_source
+
+    if args.kernel:
+        raise LabInputError(f"{config.name} edits the kernel: give --tree DIR, or nothing for Debian's source")
+    tree = args.tree or debian_source(SOURCE_SERIES, _say)
+    edits = [named(name) for name in config.edits]
+    return kernel_from_tree(tree, variant=args.variant, edits=edits, progress=_say).kernel
 
 
 def _emulator(which: str) -> Emulator:

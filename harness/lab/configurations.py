@@ -40,6 +40,14 @@ CONFIGURATIONS: Final = {
             "svm-emul", "kvm_amd, every instruction forced through KVM's emulator", _SVM,
             ("kvm_amd.npt=1", "kvm.force_emulation_prefix=1"), forced=True,
         ),
+        Configuration(
+            "apx", "kvm_amd on emulated APX hardware; a kernel of our own whose KVM exposes it", f"{_SVM},+apxf",
+            ("kvm_amd.npt=1",), needs=frozenset({"apx"}), edits=("apx-on-svm",),
+        ),
+        Configuration(
+            "apx-compact", "apx with XSAVEC and XSAVES: the compacted format", f"{_SVM},+apxf,+xsavec,+xsaves",
+            ("kvm_amd.npt=1",), needs=frozenset({"apx"}), edits=("apx-on-svm",),
+        ),
     )
 }  # fmt: skip
 
