@@ -81,7 +81,9 @@ class Ending:
             return f"{self.how.value} {after}: {self.panic}"
         if self.how is not How.DIED:
             return f"{self.how.value} {after}"
-        cause = f"killed by {signal.Signals(-self.status).name}" if self.status < 0 else f"exit status {self.status}"
+        cause = f"exit status {self.status}"
+        if self.status < 0:
+            cause = "killed by " + next((s.name for s in signal.Signals if s == -self.status), f"signal {-self.status}")
         said = "".join(f"\n  {line}" for line in self.stderr.strip().splitlines()[-8:])
         return f"{self.how.value} ({cause}) {after}" + (f"; it said:{said}" if said else ", without a word")
 
@@ -365,7 +367,7 @@ class Boot(Inbox):
         panic = _panic_line(self.folder / CONSOLE_LOG)
         if reason == "guest-shutdown":
             how = How.POWERED_OFF
-        elif reason == "guest-reset":
+        elif reason in ("guest-reset", "guest-panic"):
             how = How.PANICKED if panic else How.RESET
         else:
             how = How.STOPPED if self._stopping else How.DIED

@@ -104,7 +104,11 @@ def _zstd(data: bytes) -> bytes:
     return done.stdout
 
 
-_DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {".xz": lzma.decompress, ".gz": gzip.decompress, ".zst": _zstd}
+_DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
+    ".xz": lzma.decompress,
+    ".gz": gzip.decompress,
+    ".zst": _zstd,
+}
 
 
 def modinfo(data: bytes, path: Path) -> Iterator[tuple[str, str]]:
@@ -147,7 +151,8 @@ def initramfs(modules: Sequence[Module], progress: Progress = quiet) -> Path:
 
 def _archive(busybox: Path, modules: Sequence[Module]) -> bytes:
     """A cpio archive, not compressed: the guest would pay for unpacking it."""
-    order = "".join(f"{module.name}\n" for module in modules)
+    # A module, and the shell pattern of its parameters: kernels take its name in either spelling.
+    order = "".join(f"{module.name} {module.name.replace('_', '[_-]')}.*\n" for module in modules)
     members: list[tuple[str, int, bytes]] = [
         *((name, 0o040755, b"") for name in ("bin", "dev", "modules", "proc", "root")),
         ("bin/busybox", 0o100755, busybox.read_bytes()),

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from harness.lab import debian
+from harness.lab.bzimage import release_of, unpacked
 from harness.lab.cache import Progress, cached, digest, quiet
 from harness.lab.errors import LabError, LabInputError
-from harness.lab.bzimage import release_of, unpacked
 from harness.lab.initramfs import initramfs, modinfo, modules_to_load, read_module
 
 COMMAND_LINE: Final = (
@@ -32,7 +32,7 @@ COMMAND_LINE: Final = (
 """What every kernel of the lab is told; a configuration adds its own.
 
 Tried, and no faster by more than the noise: nokaslr, edd=off, lpj=, audit=0, lsm=none, acpiphp.disable=1,
-8250.nr_uarts=1, rcupdate.rcu_expedited=1. Not used: mitigations=off, which changes what KVM does around a guest's entry.
+8250.nr_uarts=1, rcupdate.rcu_expedited=1. Not used: mitigations=off, for it changes what KVM does on entering a guest.
 """
 
 
