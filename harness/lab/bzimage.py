@@ -9,6 +9,7 @@ import lzma
 import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -79,7 +80,7 @@ def _kernel(image: Path) -> bytes | None:
     size = int.from_bytes(packed[-4:], "little")
     try:
         kernel = unpack(content) if unpack else None
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise LabInputError(f"{image} is damaged, the kernel inside does not unpack: {error}") from error
     if kernel is not None and len(kernel) != size:
         raise LabInputError(f"{image} is damaged: {len(kernel)} bytes are inside, and should be {size}")

@@ -7,6 +7,7 @@ import io
 import lzma
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def read_module(path: Path) -> bytes:
     try:
         data = path.read_bytes()
         return decompress(data) if decompress else data
-    except (OSError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise LabInputError(f"{path} cannot be read: {error}") from error
 
 

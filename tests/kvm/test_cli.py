@@ -375,9 +375,8 @@ def test_the_command_under_a_failure_works(tmp_path):
     assert len(source) < 40_000
 
 
-@pytest.mark.parametrize("number", range(1, 10))
-def test_c_files_of_the_trophies_compile_and_end_in_a_verdict(number, tmp_path):
-    (source,) = ROOT.glob(f"docs/trophies/{number:04}-*.c")
+@pytest.mark.parametrize("source", sorted(ROOT.glob("docs/trophies/*.c")), ids=lambda path: path.stem)
+def test_c_files_of_the_trophies_compile_and_end_in_a_verdict(source, tmp_path):
     assert source.stat().st_size < 40_000
     subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "x", source], check=True)
     done = subprocess.run([tmp_path / "x"], capture_output=True, text=True, timeout=60, check=False)
