@@ -6,6 +6,7 @@ Sources: SDM vol. 2A CPUID, APM vol. 3 appendix E, Intel APX specification (leaf
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,10 @@ FEATURES: Final[dict[str, tuple[int, int, str, int]]] = {
 }  # fmt: skip
 
 
+_HEAD: Final = struct.Struct("<I4x")  # struct kvm_cpuid2 before its entries
+_ENTRY: Final = struct.Struct("<7I12x")  # struct kvm_cpuid_entry2
+
+
 @dataclass(frozen=True, slots=True)
 class CpuidEntry:
     """One CPUID leaf as in ``struct kvm_cpuid_entry2``; flags bit 0: the subleaf index is significant."""
@@ -61,6 +66,12 @@ class CpuProfile:
     @cached_property
     def _by_key(self) -> dict[tuple[int, int], CpuidEntry]:
         return {(e.function, e.index if e.flags & 1 else -1): e for e in self.cpuid}
+
+    @cached_property
+    def packed(self) -> bytes:
+        """The leaves as ``struct kvm_cpuid2`` lays them out, for KVM_SET_CPUID2."""
+        rows = (_ENTRY.pack(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in self.cpuid)
+        return _HEAD.pack(len(self.cpuid)) + b"".join(rows)
 
     @cached_property
     def vendor(self) -> str:

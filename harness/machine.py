@@ -92,12 +92,15 @@ def record(machine: Machine, case: Case) -> list[list[Observation]]:
 
 def case_sections(case: Case) -> Sections:
     """The sections that make up the visible state of a Case; the same on every machine."""
-    out = ["regs", "sregs2", "events", "debugregs", "xcr0"]
-    if case.start.msrs:
-        out.append("msrs")
-    if "apx" in case.requires:
-        out.append("egpr")
-    return tuple(out)
+    return _CASE_SECTIONS[bool(case.start.msrs), "apx" in case.requires]
+
+
+_ALWAYS: Final = ("regs", "sregs2", "events", "debugregs", "xcr0")
+_CASE_SECTIONS: Final[Mapping[tuple[bool, bool], Sections]] = {
+    (msrs, egpr): (*_ALWAYS, *(("msrs",) if msrs else ()), *(("egpr",) if egpr else ()))
+    for msrs in (False, True)
+    for egpr in (False, True)
+}
 
 
 class KvmMachine:
@@ -126,6 +129,7 @@ class KvmMachine:
         self._sections: Sections = ()
         self._shared: Sections = ()
         self._unmirrored: Sections = ()
+        self._msrs: tuple[tuple[int, int], ...] = ()
         self._msr_indices: tuple[int, ...] = ()
 
     # --- life ---
@@ -151,10 +155,12 @@ class KvmMachine:
         self._case = case
         self._reads = 0
         names = case_sections(case)
-        if names != self._sections:
+        if names is not self._sections:
             self._sections, self._shared = names, tuple(name for name in SHARED if name in names)
             self._unmirrored = tuple(name for name in names if name not in ("regs", "sregs2", "events"))
-        self._msr_indices = tuple([index for index, _ in case.start.msrs])
+        msrs = case.start.msrs
+        if msrs is not self._msrs:
+            self._msrs, self._msr_indices = msrs, tuple([index for index, _ in msrs])
         warm.load(case.memory)
         self._set_start(warm, case.start)
         self._poisoned = False
@@ -244,13 +250,15 @@ class KvmMachine:
 
     def _observe(self, warm: Warm) -> dict[str, bytes]:
         """The visible state at an exit, remembered for the next start state."""
-        sections = self.sections()
+        sections = self._read(warm.vcpu)
         warm.remember(sections)
         return sections
 
     def sections(self) -> dict[str, bytes]:
         """The visible state, as bytes, where the vCPU stands now."""
-        vcpu = self.vcpu
+        return self._read(self.vcpu)
+
+    def _read(self, vcpu: Vcpu) -> dict[str, bytes]:
         out = vcpu.mirrored() if self._sync else {}
         for name in self._unmirrored if out else self._sections:
             out[name] = vcpu.get_msrs(self._msr_indices) if name == "msrs" else vcpu.get(name)
@@ -344,7 +352,8 @@ class KvmMachine:
                     break
         finally:
             vcpu.control(k.KVM_SET_GUEST_DEBUG, k.kvm_guest_debug())
-            self._poisoned = True  # a step over HLT leaves the vCPU halted, which no section shows
+            # A step over HLT leaves the vCPU halted, which no section shows.
+            vcpu.control(k.KVM_SET_MP_STATE, k.kvm_mp_state(mp_state=k.KVM_MP_STATE_RUNNABLE))
 
     def _inject(self, action: Inject) -> None:
         vcpu = self.vcpu

@@ -9,17 +9,18 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from mmap import mmap
 from operator import attrgetter
 from typing import Final
 
-from harness.case import PAGE, Memory, Pages, VmShape
+from harness.case import PAGE, Memory, Pages, Slot, VmShape
 from harness.cpuid import CpuProfile
 from harness.state import SEGMENT_NAMES, CpuState, pack_sections
 from harness.vm import Kvm, Vcpu, Vm
 
 _libc = ctypes.CDLL(None)
-_memcmp: Callable[[int, bytes, int], int] = _libc.memcmp
-_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+_memcmp: Callable[[int, int, int], int] = _libc.memcmp
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _CR4_BYTE1, _EFER_BYTE1 = 249, 265  # in kvm_sregs and kvm_sregs2
 _VMXE, _SVME = 1 << 5, 1 << 4  # bit 13 of CR4, bit 12 of EFER
 
@@ -37,9 +38,9 @@ class Warm:
         self.pkru = bytes(4)
         self._seen: Mapping[str, bytes] = {}
         self._seen_epoch = self._equal_epoch = -1
-        self._ram = [(slot, ram, self.vm.address[slot]) for slot, ram in self.vm.ram.items()]
-        self._images: list[bytes] = []
-        self._dirty: list[tuple[int, ...]] = []
+        self._ram = [_Ram(slot, ram, self.vm.address[slot]) for slot, ram in self.vm.ram.items()]
+        self._memory: Memory | None = None  # what RAM was laid out from
+        self._clean = False  # it was seen to be just that
 
     def close(self) -> None:
         """Give both back."""
@@ -65,38 +66,57 @@ class Warm:
 
         Without ``write`` RAM stays, and ``memory`` is only what :meth:`equal` compares with.
         """
-        known, dirty = (self._images, self._dirty) if self._equal_epoch == self.vcpu.epoch else ([], [])
-        self._images, self._dirty, self._equal_epoch = [], [], -1
-        for number, (slot, ram, _) in enumerate(self._ram):
-            image = memory.image(slot)
-            self._images.append(image)
-            if not write:
-                continue
-            if len(known) == len(self._ram) and known[number] is image:
-                for offset in dirty[number]:
-                    ram[offset : offset + PAGE] = image[offset : offset + PAGE]
-            else:
-                ram[:] = image
+        known = self._equal_epoch == self.vcpu.epoch
+        self._equal_epoch = -1
+        if known and self._clean and memory is self._memory:
+            return
+        self._memory = memory
+        for ram in self._ram:
+            ram.load(memory.image(ram.slot), known=known, write=write)
 
     def equal(self, pages: Pages) -> bool:
         """Whether RAM is, to the byte, the initial contents of :meth:`load` overlaid with ``pages``."""
-        dirty: list[tuple[int, ...]] = []
-        for (slot, ram, address), image in zip(self._ram, self._images, strict=True):
-            inside = sorted(gpa - slot.gpa for gpa in pages if slot.gpa <= gpa < slot.gpa + slot.size) if pages else ()
-            dirty.append(tuple(inside))
-            if not inside:
-                if _memcmp(address, image, slot.size):
-                    return False
-                continue
-            start = 0
-            for offset in (*inside, slot.size):
-                if offset > start and ram[start:offset] != image[start:offset]:
-                    return False
-                if offset < slot.size and ram[offset : offset + PAGE] != pages[slot.gpa + offset]:
-                    return False
-                start = offset + PAGE
-        self._dirty, self._equal_epoch = dirty, self.vcpu.epoch
+        for ram in self._ram:
+            if not ram.equal(pages):
+                return False
+        self._clean, self._equal_epoch = not pages, self.vcpu.epoch
         return True
+
+
+class _Ram:
+    """The RAM of one slot, beside the bytes that it was laid out from. ``dirty``: offsets of pages that differ."""
+
+    def __init__(self, slot: Slot, ram: mmap, address: int) -> None:
+        self.slot, self._ram, self._address = slot, ram, address
+        self._image = b""
+        self._image_address = 0
+        self._dirty: list[int] = []
+
+    def load(self, image: bytes, *, known: bool, write: bool) -> None:
+        """Take ``image``. ``known``: the last :meth:`equal` was right, and RAM is still what it was then."""
+        if not write:
+            pass
+        elif known and image is self._image:
+            for offset in self._dirty:
+                self._ram[offset : offset + PAGE] = image[offset : offset + PAGE]
+        else:
+            self._ram[:] = image
+        self._image = image
+        self._image_address = ctypes.cast(ctypes.c_char_p(image), ctypes.c_void_p).value or 0
+
+    def equal(self, pages: Pages) -> bool:
+        """Whether the slot holds the image overlaid with ``pages``."""
+        first, size = self.slot.gpa, self.slot.size
+        start = 0
+        self._dirty = sorted([gpa - first for gpa in pages if first <= gpa < first + size]) if pages else []
+        for offset in self._dirty:
+            if self._differ(start, offset) or self._ram[offset : offset + PAGE] != pages[first + offset]:
+                return False
+            start = offset + PAGE
+        return not self._differ(start, size)
+
+    def _differ(self, start: int, end: int) -> int:
+        return _memcmp(self._address + start, self._image_address + start, end - start) if start < end else 0
 
 
 def may_be_nested(sections: Mapping[str, bytes]) -> bool:

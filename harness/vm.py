@@ -285,12 +285,7 @@ class Vcpu(_Owner):
 
     def set_cpuid(self, profile: CpuProfile) -> None:
         """KVM_SET_CPUID2."""
-        buffer = k.cpuid2(len(profile.cpuid))
-        for i, e in enumerate(profile.cpuid):
-            row = buffer.entries[i]
-            row.function, row.index, row.flags = e.function, e.index, e.flags
-            row.eax, row.ebx, row.ecx, row.edx = e.eax, e.ebx, e.ecx, e.edx
-        ioctl(self.fd, k.KVM_SET_CPUID2, buffer)
+        ioctl(self.fd, k.KVM_SET_CPUID2, bytearray(profile.packed))
 
     # --- running ---
 

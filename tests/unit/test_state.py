@@ -2,10 +2,12 @@
 
 import ctypes
 import random
+from dataclasses import asdict, fields
 
 import pytest
 
 from harness import kvm_ioctl as k
+from harness.cpuid import CpuidEntry, CpuProfile
 from harness.state import (
     GPR_NAMES,
     SECTIONS,
@@ -114,6 +116,17 @@ def test_events_lie_where_kvm_vcpu_events_has_them():
     assert (events.exception.injected, events.exception.nr, events.exception.error_code) == (1, 14, 6)
     assert (events.interrupt.injected, events.interrupt.nr, events.interrupt.shadow) == (1, 0x20, 1)
     assert (events.nmi.masked, events.nmi.pending, events.smi.smm) == (1, 1, 1)
+
+
+def test_leaves_lie_where_kvm_cpuid2_has_them():
+    entries = (CpuidEntry(0, 0, 0, 1, 2, 3, 4), CpuidEntry(0xD, 19, 1, 0xFFFFFFFF, 960, 7, 8))
+    table = k.cpuid2(2)
+    packed = CpuProfile(entries).packed
+    assert len(packed) == ctypes.sizeof(table)
+    ctypes.memmove(ctypes.addressof(table), packed, len(packed))
+    assert table.nent == 2
+    for row, entry in zip(table.entries, entries, strict=True):
+        assert {f.name: getattr(row, f.name) for f in fields(entry)} == asdict(entry)
 
 
 def test_diff_names_field_values_xor_and_bits():
