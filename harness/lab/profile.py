@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.case import Case
-from harness.cpuid import CpuidEntry, CpuProfile
+from harness.cpuid import CpuProfile
 from harness.host import delivered_vector, faulting_code, instruction_name, missing
 from harness.judge import Read
 from harness.lab.errors import LabError
@@ -79,7 +79,7 @@ class Profile:
             "parameters": dict(self.parameters), "features": sorted(self.features),
             "capabilities": dict(sorted(self.capabilities.items())), "modes": dict(self.modes),
             "delivery": dict(self.delivery), "traits": dict(self.traits), "single_step": dict(self.single_step),
-            "lacks": sorted(self.lacks), "cpuid": cpuid_rows(self.cpuid),
+            "lacks": sorted(self.lacks), "cpuid": self.cpuid.rows,
         }  # fmt: skip
 
     @classmethod
@@ -89,7 +89,9 @@ class Profile:
             raise ValueError(f"a profile of format {body['profile']}")
         keys = ("cell", "module", "vendor", "parameters", "capabilities", "modes", "delivery", "traits", "single_step")
         return cls(
-            **{key: body[key] for key in keys}, cpuid=cpuid_from_rows(body["cpuid"]), lacks=frozenset(body["lacks"])
+            **{key: body[key] for key in keys},
+            cpuid=CpuProfile.from_rows(body["cpuid"]),
+            lacks=frozenset(body["lacks"]),
         )
 
     @classmethod
@@ -97,7 +99,7 @@ class Profile:
         """What the runner inside found: its greeting and the answer to ``probe``."""
         return cls(
             cell, str(hello["module"]), probe["vendor"], hello["parameters"], probe["capabilities"], probe["modes"],
-            probe["exception_delivery"], probe["traits"], probe["single_step"], cpuid_from_rows(hello["cpuid"]),
+            probe["exception_delivery"], probe["traits"], probe["single_step"], CpuProfile.from_rows(hello["cpuid"]),
         )  # fmt: skip
 
 
@@ -114,16 +116,6 @@ def refused_instruction(case: Case, difference: Difference, read: Read) -> str:
         code = faulting_code(case, got, read)
     mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
     return f"{instruction_name(code, case.bits)} in {mode}" if code else ""
-
-
-def cpuid_rows(profile: CpuProfile) -> list[list[int]]:
-    """A CPUID profile as rows of numbers."""
-    return [[e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] for e in profile.cpuid]
-
-
-def cpuid_from_rows(rows: list[list[int]]) -> CpuProfile:
-    """The inverse of :func:`cpuid_rows`."""
-    return CpuProfile(tuple(CpuidEntry(*row) for row in rows))
 
 
 def profile_path(configuration: str, series: str) -> Path:

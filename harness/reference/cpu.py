@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from harness.case import Case
+from harness.case import CAP_EXIT_HYPERCALL, CAP_USER_SPACE_MSR, Case
 from harness.cpuid import CpuProfile
 from harness.exits import Exit
 from harness.state import MASK64, SEGMENT_NAMES, CpuState, Events, Segment, Table
@@ -107,6 +107,10 @@ class Cpu:
         self.pending_exits, self.reads, self.retired = [], 0, 0
         self.repeat, self.trap_bits = False, 0
         self.unseen_msrs: dict[int, int] = {}
+        self.msr_exits = any(number == CAP_USER_SPACE_MSR and args[0] & 2 for number, args in case.shape.caps)
+        """MSRs that this processor does not have go to userspace (KVM_MSR_EXIT_REASON_UNKNOWN)."""
+        self.hypercall_exits = sum(args[0] for number, args in case.shape.caps if number == CAP_EXIT_HYPERCALL)
+        """Hypercalls that go to userspace, a bit each."""
         self.xrstor_area = -1
         """Linear address of the area that the last XRSTOR loaded, for the modified optimization (SDM vol. 1 13.5.6)."""
         self.apx_level = _apx_level(self.profile)

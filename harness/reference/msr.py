@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from harness.cpuid import CpuidEntry
+from harness.exits import Msr
 from harness.reference.control import CR4, EFER_LMA, EFER_LME
 from harness.reference.cpu import CS, FS, GP, GS, IF, MASK, RF, RSP, SS, UD, VM, Cpu, Fault, ModelError
 from harness.reference.insn import Insn, Operation, Row
@@ -112,20 +113,24 @@ def set_msr(cpu: Cpu, index: int, value: int) -> None:
     (cpu.msrs if index in cpu.msrs else cpu.unseen_msrs)[index] = value
 
 
-def _exists(cpu: Cpu, index: int) -> None:
-    """#GP(0) for an MSR that this processor does not have, ModelError for one that the model does not know."""
+def _exists(cpu: Cpu, index: int) -> bool:
+    """Whether this processor has an MSR. ModelError for one that the model does not know."""
     needs = _NEEDS.get(index)
     if needs is not None and not any(f in cpu.features for f in needs):
-        raise Fault(GP, 0)
+        return False
     if index not in _KNOWN:
         if not any(low <= index <= high for low, high in _RANGES):
-            raise Fault(GP, 0)
+            return False
         raise ModelError(f"MSR {index:#x} is not modelled")
+    return True
 
 
 def read_msr(cpu: Cpu, index: int) -> int:
-    """The value RDMSR reads."""
-    _exists(cpu, index)
+    """The value RDMSR reads. #GP(0) for an MSR that is not there, or what userspace says where it answers for those."""
+    if not _exists(cpu, index):
+        if not cpu.msr_exits:
+            raise Fault(GP, 0)
+        return int.from_bytes(cpu.device_read(Msr(index, False), 8), "little")
     if index == APIC_BASE:
         return cpu.apic_base
     if index == EFER:
@@ -138,8 +143,12 @@ def read_msr(cpu: Cpu, index: int) -> int:
 
 
 def write_msr(cpu: Cpu, index: int, value: int) -> None:
-    """WRMSR; #GP(0) for reserved bits and addresses that are not canonical."""
-    _exists(cpu, index)
+    """WRMSR; #GP(0) for reserved bits and addresses that are not canonical. For an MSR that is not there as RDMSR."""
+    if not _exists(cpu, index):
+        if not cpu.msr_exits:
+            raise Fault(GP, 0)
+        cpu.device_write(Msr(index, True, value))
+        return
     if index in _ADDRESSES and not cpu.canonical_base(value):
         raise Fault(GP, 0)
     if index == EFER:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from harness.reference.control import CONTROL_ROWS
+from harness.reference.hypercall import HYPERCALL_ROWS
 from harness.reference.insn import Row
 from harness.reference.iret import INTERRUPT_ROWS
 from harness.reference.msr import MSR_ROWS
@@ -15,4 +16,5 @@ from harness.reference.transfers import FAR_ROWS
 
 SYSTEM_ROWS: Final[list[Row]] = [
     *SEGMENT_ROWS, *FAR_ROWS, *INTERRUPT_ROWS, *CONTROL_ROWS, *MSR_ROWS, *PORT_ROWS, *STRING_ROWS,
+    *HYPERCALL_ROWS,
 ]  # fmt: skip

@@ -300,8 +300,9 @@ static int describe(char *to, size_t room)
 		return 1;
 #endif
 	case KVM_EXIT_HYPERCALL:
+		device_data(&run->hypercall.ret, 8);
 		snprintf(to, room, "hypercall number 0x%" PRIx64, (uint64_t)run->hypercall.nr);
-		for (i = 0; i < 6; i++)
+		for (i = 0; i < 3; i++)
 			snprintf(to + strlen(to), room - strlen(to), "%s0x%" PRIx64, i ? " " : " args ",
 					(uint64_t)run->hypercall.args[i]);
 		return 1;
