@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from harness.exits import Hypercall
-from harness.reference.cpu import MASK, RAX, RBX, RCX, RDX, Cpu, ModelError
-from harness.reference.insn import Insn, Operation, Row
+from harness.reference.cpu import RAX, RBX, RCX, RDX, Cpu, ModelError
 
 _MAP_GPA_RANGE: Final = 12
 _ENOSYS, _EPERM = -1000, -1
@@ -20,26 +19,18 @@ _KNOWN: Final = frozenset({1, 4, 5, 9, 10, 11})
 _PAGE: Final = 4096
 
 
-def vmmcall(insn: Insn) -> Operation:
-    """VMMCALL: to userspace, or a result at once."""
-    mask = MASK[64 if insn.bits == 64 else 32]
-
-    def op(cpu: Cpu) -> None:
-        number, address, count, attributes = (cpu.gpr[n] & mask for n in (RAX, RBX, RCX, RDX))
-        if cpu.cpl:
-            result = _EPERM
-        elif number == _MAP_GPA_RANGE and cpu.hypercall_exits >> number & 1:
-            if address % _PAGE or not count:
-                raise ModelError("KVM_HC_MAP_GPA_RANGE of no whole pages: its error is not modelled")
-            exit_ = Hypercall(number, (address, count, attributes))
-            result = int.from_bytes(cpu.device_read(exit_, 8), "little")
-        elif number in _KNOWN:
-            raise ModelError(f"hypercall {number} is not modelled")
-        else:
-            result = _ENOSYS
-        cpu.gpr[RAX] = result & mask
-
-    return op
-
-
-HYPERCALL_ROWS: Final = [Row("vmmcall", "NP 0F 01 =D9", "", vmmcall, "hypercalls.rst; APM 3 VMMCALL")]
+def hypercall(cpu: Cpu, mask: int) -> None:
+    """To userspace, or a result at once; registers have the bits of ``mask``."""
+    number, address, count, attributes = (cpu.gpr[n] & mask for n in (RAX, RBX, RCX, RDX))
+    if cpu.cpl:
+        result = _EPERM
+    elif number == _MAP_GPA_RANGE and cpu.hypercall_exits >> number & 1:
+        if address % _PAGE or not count:
+            raise ModelError("KVM_HC_MAP_GPA_RANGE of no whole pages: its error is not modelled")
+        exit_ = Hypercall(number, (address, count, attributes))
+        result = int.from_bytes(cpu.device_read(exit_, 8), "little")
+    elif number in _KNOWN:
+        raise ModelError(f"hypercall {number} is not modelled")
+    else:
+        result = _ENOSYS
+    cpu.gpr[RAX] = result & mask

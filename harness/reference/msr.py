@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from harness import vmcb
 from harness.cpuid import CpuidEntry
 from harness.exits import Msr
 from harness.reference.control import CR4, EFER_LMA, EFER_LME
@@ -19,7 +20,7 @@ from harness.state import MASK64, MSR_INDEX, PAT_RESET, Segment
 APIC_BASE, EFER, FS_BASE, GS_BASE, XSS = 0x1B, 0xC0000080, 0xC0000100, 0xC0000101, 0xDA0
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
 PAT, STAR, LSTAR, CSTAR, FMASK = 0x277, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
-KERNEL_GS_BASE, TSC_AUX = 0xC0000102, 0xC0000103
+KERNEL_GS_BASE, TSC_AUX, VM_HSAVE_PA = 0xC0000102, 0xC0000103, 0xC0010117
 _SCE, _NX, _SVME, _FFXSR = 1, 1 << 11, 1 << 12, 1 << 14
 _ADDRESSES: Final = frozenset({LSTAR, CSTAR, KERNEL_GS_BASE, FS_BASE, GS_BASE})
 _RANGES: Final = ((0, 0x1FFF), (0x40000000, 0x4FFFFFFF), (0xC0000000, 0xC0001FFF), (0xC0010000, 0xC0011FFF))
@@ -28,8 +29,9 @@ _NEEDS: Final = {
     SYSENTER_CS: ("sep",), SYSENTER_ESP: ("sep",), SYSENTER_EIP: ("sep",), PAT: ("pat",), STAR: ("syscall",),
     LSTAR: ("lm",), CSTAR: ("lm",), FMASK: ("syscall",), KERNEL_GS_BASE: ("lm",), FS_BASE: ("lm",), GS_BASE: ("lm",),
     TSC_AUX: ("rdtscp", "rdpid"), EFER: ("nx", "lm", "syscall"),
+    VM_HSAVE_PA: ("svm",),
 }  # fmt: skip
-_KNOWN: Final = frozenset(MSR_INDEX.values()) | {APIC_BASE, EFER, FS_BASE, GS_BASE}
+_KNOWN: Final = frozenset(MSR_INDEX.values()) | {APIC_BASE, EFER, FS_BASE, GS_BASE, VM_HSAVE_PA}
 
 
 # --- CPUID ----------------------------------------------------------------------------------------------------------
@@ -92,6 +94,7 @@ def cpuid(insn: Insn) -> Operation:
     """CPUID."""
 
     def op(cpu: Cpu) -> None:
+        cpu.intercept("intercepts1", vmcb.INTERCEPT_CPUID, vmcb.EXIT_CPUID)
         g = cpu.gpr
         g[0], g[3], g[1], g[2] = cpuid_leaf(cpu, g[0] & MASK[32], g[1] & MASK[32])
 
@@ -172,6 +175,10 @@ def write_msr(cpu: Cpu, index: int, value: int) -> None:
         if value >> 32:
             if cpu.amd or index == SYSENTER_CS:
                 raise ModelError(f"MSR {index:#x}: bits 63:32 are reserved, what writing them does is not said")
+            raise Fault(GP, 0)
+        set_msr(cpu, index, value)
+    elif index == VM_HSAVE_PA:
+        if value & 0xFFF or value >> cpu.profile.maxphyaddr:  # APM vol. 2 15.30.4
             raise Fault(GP, 0)
         set_msr(cpu, index, value)
     else:
