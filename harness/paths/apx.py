@@ -50,7 +50,7 @@ _MSR_EXITS: Final = VmShape(caps=((CAP_USER_SPACE_MSR, (2,)),))
 _HYPERCALLS: Final = VmShape(caps=((CAP_EXIT_HYPERCALL, (1 << 12,)),))
 _SHAPES: Final = {"rdmsr": _MSR_EXITS, "wrmsr": _MSR_EXITS, "hypercall": _HYPERCALLS}
 _EXITS: Final = (
-    "out", "in", "rep_ins", "mmio_store", "mmio_load", "halt", "rdmsr", "wrmsr", "hypercall",
+    "out", "in", "mmio_store", "mmio_load", "halt", "rdmsr", "wrmsr", "hypercall",
 )  # fmt: skip
 _WITHOUT: Final = ("cpuid", "rdmsr_kernel", "wrmsr_kernel", "xsetbv")
 """Entries in whose middle there is no exit to userspace, or that bring their own."""
@@ -95,6 +95,7 @@ def apx_exit_cases(profile: CpuProfile) -> Iterator[Case]:
                 yield _named(case, name, (*_AT_EXIT[name], *((_ALL,) if (entry, name) == ("halt", "plain") else ())))
     for name in ("plain", "pending"):  # two exits of one instruction: nothing may be done between them
         yield _named(found["mmio_add"], name, _AT_EXIT[name])
+    yield _named(found["rep_ins"], "plain", (_ALL,))  # how many items an exit holds is KVM's choice
     for entry in _WITHOUT:
         yield _named(found[entry], "plain", (_ALL,))
     yield _named(found["step"], "step", (Step(4), _ALL))
