@@ -62,7 +62,7 @@ _AT_EXIT: Final[dict[str, tuple[Action, ...]]] = {
     "save_restore": (Run(), SaveRestore(), _ALL),
     "set_xsave": (Run(), SetState(_R16, "xsave"), Show("xsave"), Show("xsave2"), _ALL),
     "set_xsave_init": (Run(), SetState(_EVERY, "xsave-init"), Show("xsave"), Show("xsave2"), _ALL),
-    "set_after_init": (Run(), SetState((), "xsave-init"), SetState(_R16, "xsave"), _ALL),
+    "set_after_init": (Run(), SetState(_EVERY, "xsave-init"), SetState(_R16, "xsave"), _ALL),
     "set_regs": (Run(), SetState((("rbp", 0x5A5A1234), ("rdx", 0x0BADCAFE))), _ALL),
     "sync_regs": (Run(), SetState((("rbp", 0x5A5A1234), ("rdx", 0x0BADCAFE)), "sync"), _ALL),
     "set_sregs": (Run(), SetState((("cr2", 0x12345000),), "sregs"), _ALL),
