@@ -10,7 +10,7 @@ from harness.paths import FAMILIES, all_cases
 from harness.paths.common import guest_for
 from harness.reference.machine import ReferenceMachine
 
-MORE = {"resume", "step", "apx_exits", "apx_off", "nested", "apx_nested"}
+MORE = {"resume", "step", "apx_exits", "apx_off", "apx_nested"}
 PROFILE = with_features(CpuProfile((CpuidEntry(0),)), add=["lm", "nx", "syscall", "pae", "pse"])
 
 
