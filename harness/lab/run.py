@@ -90,7 +90,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         if options.write_profile:
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: profile written to {path}")
-    if cell.configuration.edits and cell.kernel.has.issuperset(cell.configuration.edits):
+    if cell.kernel.has.intersection(cell.configuration.edits[:1]):
         profile = replace(profile, outcomes={})  # a KVM that offers the feature by itself is to do all of it
     plan = cell_plan(cell.configuration, profile, options.tier, progress)
     selects = matcher(options.select or "")
