@@ -169,6 +169,11 @@ class Try(Action):
     values: tuple[tuple[str, int], ...]
     kind: ClassVar[str] = "try"
 
+    @property
+    def text(self) -> str:
+        """The registers with their values."""
+        return " ".join(f"{name}={value:#x}" for name, value in self.values)
+
 
 @dataclass(frozen=True, slots=True)
 class Show(Action):

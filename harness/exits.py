@@ -141,8 +141,9 @@ class Interrupted(Exit):
 
 @dataclass(frozen=True, slots=True)
 class Answer(Exit):
-    """Not a KVM exit: whether KVM took what userspace tried to write."""
+    """Not a KVM exit: whether KVM took what userspace tried to write, ``what`` being registers and values."""
 
+    what: str
     accepted: bool
     kind: ClassVar[str] = "answer"
 

@@ -246,8 +246,8 @@ class KvmMachine:
                     yield Observation(Halt(), self._observe())
             case SetState():
                 self._set_registers(action)
-            case Try(values=values):
-                yield Observation(Answer(self._try(values)), self.sections())
+            case Try():
+                yield Observation(Answer(action.text, self._try(action.values)), self.sections())
             case Show(via=via):
                 yield Observation(Halt(), {**self.sections(), **self._egpr_by(via)})
             case Kick():

@@ -90,11 +90,11 @@ class ReferenceMachine:
                 return self._complete()
             case SetState():
                 self._set(action.meant)
-            case Try(values=values):
-                accepted = self._acceptable(dict(values))
+            case Try():
+                accepted = self._acceptable(dict(action.values))
                 if accepted:
-                    self._set(dict(values))
-                return [self._observe(Answer(accepted), {})]
+                    self._set(dict(action.values))
+                return [self._observe(Answer(action.text, accepted), {})]
             case Show():
                 self._need_rest("Show")
                 return [self._observe(Halt(), {})]

@@ -128,7 +128,7 @@ def test_two_vcpus_run_in_turn_in_one_ram_and_agree_with_the_model(machine, host
 
 def test_what_kvm_refuses_is_an_answer(machine, host):
     answers = run(machine, real_mode(host, "f4", actions=(Try((("xcr0", 2),)), Try((("xcr0", 1),)), Run())))
-    assert [s.exit for s in answers] == [Answer(False), Answer(True), Halt()]
+    assert [s.exit for s in answers] == [Answer("xcr0=0x2", False), Answer("xcr0=0x1", True), Halt()]
 
 
 def test_guest_that_never_exits_ends_at_its_limit_and_the_next_case_runs(machine, host):

@@ -78,7 +78,7 @@ def test_values_given_with_xstate_bv_clear_are_zeros():
 )  # fmt: skip
 def test_what_xcr0_may_hold(value, accepted):
     (_, (exit_, state)) = shown(case("e610f4", Run(), Try((("xcr0", value),))))
-    assert exit_ == Answer(accepted)
+    assert exit_ == Answer(f"xcr0={value:#x}", accepted)
     assert state.xcr0 == (value if accepted else 0x80003)
 
 
@@ -88,7 +88,7 @@ def test_a_processor_without_apx_refuses_its_bit():
     assert not bare.xcr0_supported >> 19
     assert bare.xsave_offset(19) is None
     assert bare.leaf(0x29) is None
-    assert shown(case("f4", Try((("xcr0", 0x80003),)), gpr=(0,) * 16, profile=bare))[0][0] == Answer(False)
+    assert shown(case("f4", Try((("xcr0", 0x80003),)), gpr=(0,) * 16, profile=bare))[0][0] == Answer("xcr0=0x80003", False)
 
 
 def test_what_a_kick_shows_is_the_jump_to_itself():
