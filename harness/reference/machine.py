@@ -182,7 +182,8 @@ class ReferenceMachine:
         if self._shown and not seen.sections:
             self._incomplete = seen = self._shown.popleft()
             return [Observation(seen.exit, {}, retired=seen.retired)]
-        return [replace(seen, exit=Halt())]
+        mem = self._cpu().mem  # as RAM is now: another vCPU may have run
+        return [replace(seen, exit=Halt(), pages=mem.pages(), pages_ignore=mem.pages_ignore)]
 
     def _advance(self) -> None:
         """Run to the next instruction with exits and queue what it shows."""

@@ -10,6 +10,7 @@ from harness.case import (
     CAP_USER_SPACE_MSR,
     Blob,
     Case,
+    Complete,
     Kick,
     Memory,
     Other,
@@ -123,6 +124,17 @@ def test_a_vcpu_with_an_exit_pending_waits_for_its_turn():
     seen = shown(replace(made, others=(Other(made.start, without_apx(APX)),), seed=3))
     assert [e.kind for e, _ in seen] == ["io", "io", "halt"]
     assert seen[1][1].gpr[0] != seen[2][1].gpr[0], "each read of the device has an answer of its own"
+
+
+def test_completing_shows_ram_as_another_vcpu_has_left_it():
+    word = DATA_BASE.to_bytes(4, "little").hex()
+    store = f"c70425{word}78563412 f4".replace(" ", "")
+    made = case("e410f4" + store, Run(1, complete=False), Switch(1), Run(), Switch(0), Complete())
+    made = replace(made, others=(Other(replace(made.start, rip=CODE_BASE + 3)),))
+    machine = ReferenceMachine()
+    machine.load(made)
+    last = [o for action in made.actions for o in machine.apply(action)][-1]
+    assert last.pages[DATA_BASE][:4] == b"\x78\x56\x34\x12"
 
 
 def test_case_of_several_vcpus_survives_json_and_has_an_id_of_its_own():
