@@ -91,10 +91,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         if options.write_profile:
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: profile written to {path}")
-    if cell.kernel.has.intersection(cell.configuration.edits[:1]):
-        # A KVM that offers the feature by itself is to do all of it, save EVEX in its emulator: nobody promises that.
-        kept = {name: how for name, how in profile.outcomes.items() if name.startswith(EVEX_OPERANDS)}
-        profile = replace(profile, outcomes=kept)
+    profile = demanded(profile, cell)
     plan = cell_plan(cell.configuration, profile, options.tier, progress)
     selects = matcher(options.select or "")
     chosen = [n for n, name in enumerate(plan.names) if selects(name)]
@@ -165,6 +162,16 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         outcome.seconds = time.monotonic() - began
         outcome.first_result, outcome.rate = run.tally.first_result, run.tally.rate
     return outcome
+
+
+def demanded(profile: Profile, cell: Cell) -> Profile:
+    """What this kernel's KVM has to do: no excuses from another's record where it offers the feature by itself.
+
+    Save EVEX in KVM's emulator, which nobody promises.
+    """
+    if not cell.kernel.has.intersection(cell.configuration.edits[:1]):
+        return profile
+    return replace(profile, outcomes={n: how for n, how in profile.outcomes.items() if n.startswith(EVEX_OPERANDS)})
 
 
 class _Arbitration:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,11 @@ from harness.cpuid import CpuidEntry, CpuProfile, with_features
 from harness.exits import Halt, InternalError, Shutdown, Timeout
 from harness.judge import Judge, outcome
 from harness.lab import profile as module
+from harness.lab.configurations import CONFIGURATIONS
+from harness.lab.kernel import Kernel
 from harness.lab.profile import Profile, load_profile, write_profile
+from harness.lab.run import demanded
+from harness.lab.session import Cell
 from harness.lockstep import Difference, compare_registers
 from harness.modes import STUBS
 from harness.runner import Finding
@@ -98,6 +103,18 @@ def test_outcomes_are_in_the_file_a_line_each(tmp_path, monkeypatch):
     body = json.loads(path.read_text())
     del body["outcomes"]
     assert Profile.from_json(body).outcomes == {}, "profiles of before there were any"
+
+
+def running(*has):
+    kernel = Kernel("7.3", "7.3.4", "7.3", Path("bzImage"), None, "0", frozenset(has))
+    return Cell(CONFIGURATIONS["apx"], kernel, None, None)
+
+
+def test_a_kernel_that_offers_the_feature_by_itself_has_no_excuse_but_for_evex():
+    recorded = {NAME: "#UD", "apx_evex/mmio_ndd_load@long#0": "#UD"}
+    assert demanded(cell(outcomes=recorded), running()).outcomes == recorded
+    assert demanded(cell(outcomes=recorded), running("apx-leaf-29")).outcomes == recorded
+    assert set(demanded(cell(outcomes=recorded), running("apx-on-svm")).outcomes) == {"apx_evex/mmio_ndd_load@long#0"}
 
 
 # --- what must be there ----------------------------------------------------------------------------------------------
