@@ -290,7 +290,7 @@ def test_a_guest_that_ends_early_cannot_be_judged(machine, profile, tmp_path):
 def test_the_actions_on_extended_registers_have_a_c_form(profile, tmp_path):
     """This machine's KVM need not have APX: the source compiles, and says what it would do."""
     leaves = (*profile.cpuid, CpuidEntry(0xD, 19, 1, 128, 960))
-    made = case_of(CpuProfile(leaves), "e610f4", requires=frozenset({"apx"}), actions=(
+    made = case_of(CpuProfile(leaves), b"\xe6\x10\xf4", requires=frozenset({"apx"}), actions=(
         Run(), SetState((("r17", 5), ("r31", 6)), "xsave-init"), SetState((("r18", 7),), "xsave"),
         Show("xsave"), Show("xsave2"),
     ))  # fmt: skip
