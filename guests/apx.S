@@ -268,6 +268,16 @@ movw $GDT_LIMIT, DS_OFF+0x108
 movq $GDT_LINEAR, DS_OFF+0x10a
 rex2_xm 0x01, 2, 8, %\r
 fin
+test lidt_\r
+movabsq_i DS_OFF+0x100, %\r
+movw $0xfff, DS_OFF+0x108
+movq $IDT_LINEAR, DS_OFF+0x10a
+rex2_xm 0x01, 3, 8, %\r
+fin
+test lldt_\r
+movabsq_i SEL_LDT, %\r
+rex2_x 0x00, 2, %\r
+fin
 test invlpg_\r
 movabsq_i DS_OFF, %\r
 rex2_xm 0x01, 7, 8, %\r

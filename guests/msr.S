@@ -43,6 +43,9 @@ mov $\index, %ecx
 .if \high == 0
 mov $0, %edx	# bits 63:32 are reserved
 .endif
+.if \index == 0x174
+movzwl %ax, %eax	# a selector: of bits 31:16 only Intel says that they can be read and written
+.endif
 wrmsr
 fin
 .endm
@@ -104,7 +107,7 @@ fin
 test wrmsr_noncanonical
 mov $0xc0000082, %ecx
 mov $0, %eax
-mov $0x00800000, %edx
+mov $0x40000000, %edx                   # bit 62: with 57-bit addresses too
 wrmsr
 fin
 test swapgs

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from harness.cpuid import CpuidEntry, CpuProfile
+from harness.cpuid import CpuProfile
 from harness.exits import Exit
-from harness.state import CpuState
+from harness.state import GPR_NAMES, CpuState
 
 FORMAT: Final = 1
 PAGE: Final = 4096
+CAP_USER_SPACE_MSR: Final = 188
+CAP_EXIT_HYPERCALL: Final = 201
+"""KVM_CAP_X86_USER_SPACE_MSR and KVM_CAP_EXIT_HYPERCALL change what a guest sees: the model knows them."""
 IRQCHIPS: Final = ("none", "split", "full")
 
 
@@ -142,11 +145,57 @@ class Complete(Action):
 
 @dataclass(frozen=True, slots=True)
 class SetState(Action):
-    """Write some registers (flat names of CpuState). ``via``: ``regs``, ``sregs``, ``sync`` (SYNC_REGS at next run)."""
+    """Write some registers (flat names of CpuState). ``via``: ``regs``, ``sregs``, ``sync`` (SYNC_REGS at next run).
+
+    Via ``xsave`` R16-R31 go through KVM_SET_XSAVE with XSTATE_BV[19] set. Via ``xsave-init`` the bit is clear although
+    the area holds ``values``: a component in its initial configuration, so that R16-R31 become zero.
+    """
 
     values: tuple[tuple[str, int], ...]
     via: str = "regs"
     kind: ClassVar[str] = "set"
+
+    @property
+    def meant(self) -> dict[str, int]:
+        """The registers that change, with the values that they get."""
+        given = dict(self.values)
+        return {**given, **dict.fromkeys(GPR_NAMES[16:], 0)} if self.via == "xsave-init" else given
+
+
+@dataclass(frozen=True, slots=True)
+class Try(Action):
+    """Write registers that KVM may have to refuse (EINVAL); shown as :class:`harness.exits.Answer` with the state."""
+
+    values: tuple[tuple[str, int], ...]
+    kind: ClassVar[str] = "try"
+
+    @property
+    def text(self) -> str:
+        """The registers with their values."""
+        return " ".join(f"{name}={value:#x}" for name, value in self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class Show(Action):
+    """Show the state once more. ``via``: the ioctl that R16-R31 are read with, ``xsave`` or ``xsave2``."""
+
+    via: str = "xsave"
+    kind: ClassVar[str] = "show"
+
+
+@dataclass(frozen=True, slots=True)
+class Kick(Action):
+    """Run a guest that jumps to itself until a signal ends KVM_RUN with EINTR, and show the state."""
+
+    kind: ClassVar[str] = "kick"
+
+
+@dataclass(frozen=True, slots=True)
+class Switch(Action):
+    """What follows is done to another vCPU of the Case: 0, or 1 and up for :attr:`Case.others`."""
+
+    vcpu: int
+    kind: ClassVar[str] = "switch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +223,9 @@ class SaveRestore(Action):
     kind: ClassVar[str] = "save-restore"
 
 
-ACTIONS: Final[dict[str, type[Action]]] = {c.kind: c for c in (Run, Complete, SetState, Inject, Step, SaveRestore)}
+ACTIONS: Final[dict[str, type[Action]]] = {
+    c.kind: c for c in (Run, Complete, SetState, Inject, Step, SaveRestore, Try, Show, Kick, Switch)
+}
 
 
 def _action_json(action: Action) -> dict[str, Any]:
@@ -183,7 +234,7 @@ def _action_json(action: Action) -> dict[str, Any]:
 
 def _action_from_json(body: Mapping[str, Any]) -> Action:
     values = {k: v for k, v in body.items() if k != "kind"}
-    if body["kind"] == "set":
+    if body["kind"] in ("set", "try"):
         values["values"] = tuple((str(k), int(v)) for k, v in values["values"])
     return ACTIONS[body["kind"]](**values)
 
@@ -192,12 +243,21 @@ def _action_from_json(body: Mapping[str, Any]) -> Action:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A further vCPU of a Case, in the same RAM: its start state, and its CPUID where it is not the Case's."""
+
+    start: CpuState
+    profile: CpuProfile | None = None
+
+
+@dataclass(frozen=True)
 class Case:
     """One guest run, whole. ``name`` is stable and readable, ``id`` identifies its content.
 
     ``bits`` is the code size at the start (16, 32, 64), for disassembly. ``origin`` is the source of the code
     (``guests/gpr.S:mov_r32``), ``requires`` names CPU features and host traits without which the Case cannot run;
-    ``seed`` determines what devices answer to reads. ``start.msrs`` are both set and observed.
+    ``seed`` determines what devices answer to reads. ``start.msrs`` are both set and observed. ``others`` are vCPUs
+    that :class:`Switch` turns to; nothing runs on them before.
     """
 
     name: str
@@ -210,6 +270,7 @@ class Case:
     origin: str = ""
     requires: frozenset[str] = frozenset()
     seed: int = 0
+    others: tuple[Other, ...] = ()
 
     @cached_property
     def id(self) -> str:
@@ -220,10 +281,16 @@ class Case:
             "format": FORMAT, "name": self.name, "memory": self.memory.digest, "start": start,
             "profile": profile_digest(self.profile), "shape": shape_json(self.shape),
             "actions": [_action_json(a) for a in self.actions], "seed": self.seed, "bits": self.bits,
-            "requires": sorted(self.requires),
+            "requires": sorted(self.requires), **self._others_json(profile_digest),
         }  # fmt: skip
         h.update(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
         return h.hexdigest()[:12]
+
+    def _others_json(self, profile_form: Callable[[CpuProfile], object]) -> dict[str, Any]:
+        """Nothing for a Case of one vCPU, so that its id is what it was before there were more."""
+        if not self.others:
+            return {}
+        return {"others": [[o.start.flat(), profile_form(o.profile or self.profile)] for o in self.others]}
 
     def read_data(self, ordinal: int, size: int) -> bytes:
         """What the devices of this Case answer to the ``ordinal``-th read (PIO item or MMIO), ``size`` bytes."""
@@ -236,7 +303,7 @@ class Case:
             "seed": self.seed, "requires": sorted(self.requires), "shape": shape_json(self.shape),
             "actions": [_action_json(a) for a in self.actions], "start": self.start.flat(),
             "memory": [[b.gpa, b.data.hex()] for b in self.memory.blobs],
-            "cpuid": [[getattr(e, f.name) for f in fields(CpuidEntry)] for e in self.profile.cpuid],
+            "cpuid": self.profile.rows, **self._others_json(lambda profile: profile.rows),
         }  # fmt: skip
 
     @classmethod
@@ -256,7 +323,11 @@ class Case:
                 actions=tuple(_action_from_json(a) for a in body["actions"]),
                 start=CpuState.from_flat(body["start"]),
                 memory=Memory(tuple(Blob(gpa, bytes.fromhex(data)) for gpa, data in body["memory"])),
-                profile=CpuProfile(tuple(CpuidEntry(*row) for row in body["cpuid"])),
+                profile=CpuProfile.from_rows(body["cpuid"]),
+                others=tuple(
+                    Other(CpuState.from_flat(start), CpuProfile.from_rows(rows))
+                    for start, rows in body.get("others", ())
+                ),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise CaseError(f"damaged case file: {error!r}") from error
@@ -291,8 +362,7 @@ def shape_json(shape: VmShape) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def profile_digest(profile: CpuProfile) -> str:
     """SHA-256 of a profile's leaves."""
-    rows = [[getattr(e, f.name) for f in fields(CpuidEntry)] for e in profile.cpuid]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(profile.rows).encode()).hexdigest()
 
 
 def device_data(seed: int, ordinal: int, size: int) -> bytes:

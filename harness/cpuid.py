@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Final
 
@@ -58,6 +58,16 @@ class CpuProfile:
     """The processor that a guest sees: its CPUID leaves. Vendor, features and address widths follow from them."""
 
     cpuid: tuple[CpuidEntry, ...]
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """The leaves as rows of numbers: function, index, flags, EAX, EBX, ECX, EDX."""
+        return [[getattr(e, f.name) for f in fields(CpuidEntry)] for e in self.cpuid]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Iterable[int]]) -> CpuProfile:
+        """The inverse of :attr:`rows`. TypeError when a row is none."""
+        return cls(tuple(CpuidEntry(*row) for row in rows))
 
     def leaf(self, function: int, index: int = 0) -> CpuidEntry | None:
         """The entry that CPUID with these inputs selects, or None. Subleaves count only where flags say so."""
@@ -113,6 +123,16 @@ class CpuProfile:
         """Offset in bytes of an XSAVE component in the standard format (leaf DH), None when not enumerated."""
         entry = self.leaf(0xD, component)
         return entry.ebx if entry is not None and entry.eax else None
+
+
+def without_apx(profile: CpuProfile) -> CpuProfile:
+    """A copy of ``profile`` of a processor that has no APX: no feature bit, no bit in XCR0, no state component 19."""
+    rows = []
+    for e in with_features(profile, remove=("apx",)).cpuid:
+        if (e.function, e.index) == (0xD, 19) or e.function == 0x29:
+            continue
+        rows.append(replace(e, eax=e.eax & ~(1 << 19)) if (e.function, e.index) == (0xD, 0) else e)
+    return CpuProfile(tuple(rows))
 
 
 def with_features(profile: CpuProfile, *, add: Iterable[str] = (), remove: Iterable[str] = ()) -> CpuProfile:

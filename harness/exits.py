@@ -133,6 +133,22 @@ class Timeout(Exit):
 
 
 @dataclass(frozen=True, slots=True)
+class Interrupted(Exit):
+    """Not a KVM exit: a signal ended KVM_RUN (EINTR) while the guest ran."""
+
+    kind: ClassVar[str] = "interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Exit):
+    """Not a KVM exit: whether KVM took what userspace tried to write, ``what`` being registers and values."""
+
+    what: str
+    accepted: bool
+    kind: ClassVar[str] = "answer"
+
+
+@dataclass(frozen=True, slots=True)
 class Unknown(Exit):
     """Any other exit reason, by its KVM number and name."""
 
@@ -145,8 +161,11 @@ class Unknown(Exit):
 
 KINDS: dict[str, type[Exit]] = {
     c.kind: c
-    for c in (Halt, Io, Mmio, Debug, Shutdown, Msr, Hypercall, IrqWindow, InternalError, FailEntry, Timeout, Unknown)
-}
+    for c in (
+        Halt, Io, Mmio, Debug, Shutdown, Msr, Hypercall, IrqWindow, InternalError, FailEntry, Timeout, Interrupted,
+        Answer, Unknown,
+    )
+}  # fmt: skip
 
 
 def exit_from_json(body: dict[str, Any]) -> Exit:

@@ -39,6 +39,8 @@ INSTRUCTIONS: Final = {
 
 PARAMETERS: Final = ("npt", "nested", "vgif", "avic", "ept", "unrestricted_guest", "force_emulation_prefix", "tdp_mmu")
 _UD, _GP = 6, 13
+VECTORS: Final = {1: "#DB", 6: "#UD", 7: "#NM", 8: "#DF", 12: "#SS", 13: "#GP", 14: "#PF"}
+"""Exceptions by name."""
 _FLAGS: Final = 0x8D7  # every arithmetic flag set: INTO is taken
 _FRAME_CS: Final = {"real": 2, "prot16": 2, "prot32": 4, "prot32-user": 4, "vm86": 4}  # offset of CS in the frame
 _PRIVILEGED: Final = {"long-user": "long", "compat-user": "compat", "prot32-user": "prot32"}
@@ -276,6 +278,11 @@ class Host:
         return out
 
     # --- judging a Case ---
+
+    @property
+    def outcomes(self) -> Mapping[str, str]:
+        """Nothing is recorded of a foreign host."""
+        return {}
 
     def unsupported(self, case: Case) -> str:
         """Why this host cannot run ``case`` at all, or an empty string."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from harness.case import Case
-from harness.host import Host
+from harness.host import VECTORS, Host, delivered_vector
 from harness.known import KnownDivergence
 from harness.lockstep import Difference
 from harness.machine import KvmMachine, Machine
@@ -48,6 +48,10 @@ class Limits(Protocol):
     def unsupported(self, case: Case) -> str:
         """Why it cannot run ``case`` at all, or an empty string."""
 
+    @property
+    def outcomes(self) -> Mapping[str, str]:
+        """Case -> how it is known to end where KVM cannot do better yet (:func:`outcome`)."""
+
     def excuse(self, case: Case, difference: Difference, read: Read) -> str:
         """Why a difference is a limit and no defect, or an empty string."""
 
@@ -68,6 +72,10 @@ class Judge:
         """The known divergences that speak of this Case, here."""
         return [row for row in self._known if row.covers(name, self.limits.module)]
 
+    def simple(self, name: str) -> bool:
+        """Nothing is said of this Case beforehand: if it agrees, that is all."""
+        return name not in self.limits.outcomes and not self.covered(name)
+
     def judge(self, case: Case, finding: Finding, read: Read) -> Result:
         """The verdict on what running ``case`` showed."""
 
@@ -79,17 +87,44 @@ class Judge:
             return result(Verdict.SPLAT, f"the kernel killed the VM: {finding.killed}")
         if finding.refused:
             return result(Verdict.MISMATCH, f"start state refused: {finding.refused}")
-        rows = self.covered(case.name)
+        rows, recorded = self.covered(case.name), self.limits.outcomes.get(case.name, "")
         if found is None:
+            if recorded:
+                return result(Verdict.HEALED, f"works; what is recorded is {recorded}")
             if rows:
                 return result(Verdict.HEALED, f"{rows[0].name} no longer diverges")
             return result(Verdict.AGREE, "")
         for row in rows:
             if row.explains(case, found):
                 return result(Verdict.KNOWN, f"{row.name}: {found.summary()}")
+        if recorded:
+            now = outcome(found)
+            if now == recorded:
+                return result(Verdict.KNOWN, f"{_OUTCOME}{now}")
+            return result(Verdict.MISMATCH, f"{now}; what is recorded is {recorded}: {found.summary()}")
         if reason := self.limits.excuse(case, found, read):
             return result(Verdict.UNSUPPORTED, reason)
         return result(Verdict.MISMATCH, found.summary())
+
+
+_OUTCOME: Final = "as recorded for this KVM, "
+
+
+def outcome(difference: Difference) -> str:
+    """How a Case ended that should have ended otherwise: the kind, and the wrong values if that is all."""
+    got = difference.got
+    if got is None:
+        return "no exit"
+    vector = delivered_vector(got)
+    if vector is not None and vector != delivered_vector(difference.expected):
+        return VECTORS.get(vector, f"exception {vector}")
+    if difference.exits_differ:
+        return {"shutdown": "shutdown", "internal-error": "emulation failure", "timeout": "hang"}.get(
+            got.exit.kind, f"wrong exit: {got.exit}"
+        )
+    wrong = [f"{d.name}={d.got:#x}" for d in difference.registers]
+    wrong += [f"memory {m.gpa:#x}={m.got.hex()}" for m in difference.memory]
+    return f"wrong value: {' '.join(wrong)}"
 
 
 class Runner:

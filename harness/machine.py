@@ -7,19 +7,38 @@ side in harness/lockstep.py.
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from harness import kvm_ioctl as k
-from harness.case import PAGE, Action, Case, Complete, Inject, Observation, Pages, Run, SaveRestore, SetState, Step
+from harness.case import (
+    PAGE,
+    Action,
+    Case,
+    Complete,
+    Inject,
+    Kick,
+    Observation,
+    Pages,
+    Run,
+    SaveRestore,
+    SetState,
+    Show,
+    Step,
+    Switch,
+    Try,
+)
 from harness.exits import (
+    Answer,
     Debug,
     Exit,
     FailEntry,
     Halt,
     Hypercall,
     InternalError,
+    Interrupted,
     Io,
     IrqWindow,
     Mmio,
@@ -34,6 +53,12 @@ from harness.vm import RUN_LIMIT, SYNC, Kvm, KvmUnusableError, RunTimeoutError, 
 
 Sections = tuple[str, ...]
 _HALT: Final = Halt()
+_INTERRUPTED: Final = Interrupted()
+KICK_AFTER: Final = 0.01
+"""Seconds that a guest runs before it is kicked: some thousand times around its loop, even emulated."""
+_HYPERCALL_ARGS: Final = 3
+"""Of KVM_HC_MAP_GPA_RANGE, the one hypercall that goes to userspace; the other places hold what was there before."""
+_SHOWN_BY: Final = {"xsave": k.KVM_GET_XSAVE, "xsave2": k.KVM_GET_XSAVE2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +148,8 @@ class KvmMachine:
         self._packer = Packer()
         self._case: Case | None = None
         self._warm: Warm | None = None
+        self._vcpus: list[Vcpu] = []  # the Case's, its own first
+        self._current: Vcpu | None = None
         self._poisoned = False  # the current vCPU went astray
         self._pending = False  # an operation waits for KVM_RUN to complete it; the next Case's would
         self._reads = 0
@@ -137,7 +164,8 @@ class KvmMachine:
     def close(self) -> None:
         """Close every VM."""
         self._pool.close()
-        self._warm = None
+        self._warm = self._current = None
+        self._vcpus = []
 
     def __enter__(self) -> KvmMachine:
         return self
@@ -149,7 +177,7 @@ class KvmMachine:
         """Give the Case its VM, RAM and start state. KvmError or LookupError when this KVM refuses some of it."""
         if self._warm is not None and (self._poisoned or self._pending or may_be_nested(self._warm.seen)):
             self._pool.drop(self._warm)
-        self._warm = None
+        self._warm = self._current = None
         self._poisoned, self._pending = True, False  # poisoned until the start state is in whole
         warm = self._warm = self._pool.get(case.shape, case.profile)
         self._case = case
@@ -162,13 +190,22 @@ class KvmMachine:
         if msrs is not self._msrs:
             self._msrs, self._msr_indices = msrs, tuple([index for index, _ in msrs])
         warm.load(case.memory)
+        self._current = warm.vcpu
         self._set_start(warm, case.start)
-        self._poisoned = False
+        self._vcpus = [warm.vcpu]
+        for number, other in enumerate(case.others, 1):
+            vcpu = Vcpu(warm.vm, other.profile or case.profile, number)
+            warm.others.append(vcpu)
+            self._vcpus.append(vcpu)
+            self._put_state(vcpu, other.start)
+        self._poisoned = bool(case.others)  # a VM of several vCPUs serves one Case
 
     @property
     def vcpu(self) -> Vcpu:
-        """The vCPU of the loaded Case."""
-        return self._loaded().vcpu
+        """The vCPU of the loaded Case that actions are for."""
+        if self._current is None:
+            raise RuntimeError("load a Case first")
+        return self._current
 
     def _loaded(self) -> Warm:
         if self._warm is None:
@@ -191,6 +228,13 @@ class KvmMachine:
         else:
             vcpu.put("regs", pack_regs(start))
 
+    def _put_state(self, vcpu: Vcpu, start: CpuState) -> None:
+        """Set a whole start state on a vCPU of which nothing is known."""
+        for name, data in pack_sections(start, tuple(n for n in _SET_ORDER if n in self._sections)).items():
+            vcpu.put(name, data)
+        vcpu.run_page.cr8 = start.cr8
+        vcpu.sync_enable(self._sync_mask)
+
     # --- actions ---
 
     def apply(self, action: Action) -> Iterator[Observation]:
@@ -200,14 +244,23 @@ class KvmMachine:
     def _act(self, action: Action) -> Iterator[Observation]:
         match action:
             case Complete():
-                reason = self.vcpu.complete(self.limit)
+                vcpu = self.vcpu
+                reason = vcpu.complete(self.limit)
                 if reason is not None:
                     yield Observation(self._exit(reason), {})
                 else:
                     self._pending = False
-                    yield Observation(Halt(), self._observe(self._loaded()))
+                    yield Observation(Halt(), self._observe(vcpu))
             case SetState():
                 self._set_registers(action)
+            case Try():
+                yield Observation(Answer(action.text, self._try(action.values)), self.sections())
+            case Show(via=via):
+                yield Observation(Halt(), {**self.sections(), **self._egpr_by(via)})
+            case Kick():
+                yield self._kick()
+            case Switch(vcpu=number):
+                self._current = self._vcpus[number]
             case Step():
                 yield from self._step(action)
             case Inject():
@@ -218,8 +271,7 @@ class KvmMachine:
                 raise TypeError(f"no such action: {action!r}")
 
     def _run(self, action: Run) -> Iterator[Observation]:
-        warm = self._loaded()
-        vcpu = warm.vcpu
+        vcpu = self.vcpu
         done = 0
         following: int | None = None
         try:
@@ -241,17 +293,18 @@ class KvmMachine:
                         return
                     following = vcpu.complete(self.limit)
                     self._pending = following is not None
-                yield Observation(exit_, {} if following is not None else self._observe(warm))
+                yield Observation(exit_, {} if following is not None else self._observe(vcpu))
                 if exit_.terminal or done >= action.limit:
                     return
         except RunTimeoutError:
             self._poisoned = True
             yield Observation(Timeout(self.limit), {})
 
-    def _observe(self, warm: Warm) -> dict[str, bytes]:
+    def _observe(self, vcpu: Vcpu) -> dict[str, bytes]:
         """The visible state at an exit, remembered for the next start state."""
-        sections = self._read(warm.vcpu)
-        warm.remember(sections)
+        sections, warm = self._read(vcpu), self._warm
+        if warm is not None and warm.vcpu is vcpu:
+            warm.remember(sections)
         return sections
 
     def sections(self) -> dict[str, bytes]:
@@ -291,7 +344,7 @@ class KvmMachine:
                 write = reason == k.KVM_EXIT_X86_WRMSR
                 return Msr(run.msr.index, write, run.msr.data if write else 0)
             case k.KVM_EXIT_HYPERCALL:
-                return Hypercall(run.hypercall.nr, tuple(run.hypercall.args))
+                return Hypercall(run.hypercall.nr, tuple(run.hypercall.args[:_HYPERCALL_ARGS]))
             case k.KVM_EXIT_IRQ_WINDOW_OPEN:
                 return IrqWindow()
             case k.KVM_EXIT_INTERNAL_ERROR:
@@ -322,8 +375,15 @@ class KvmMachine:
             if not exit_.write:
                 run.msr.data = int.from_bytes(case.read_data(self._reads, 8), "little")
                 self._reads += 1
+        elif isinstance(exit_, Hypercall):
+            run.hypercall.ret = int.from_bytes(case.read_data(self._reads, 8), "little")
+            self._reads += 1
 
     def _set_registers(self, action: SetState) -> None:
+        if action.via.startswith("xsave"):
+            given = self.state().with_(dict(action.values))
+            self.vcpu.put_egpr(pack_sections(given, ("egpr",))["egpr"], in_use=action.via == "xsave")
+            return
         changed = self.state().with_(dict(action.values))
         regs = ("regs",)
         rest = tuple(n for n in self._sections if n != "regs")
@@ -337,6 +397,26 @@ class KvmMachine:
                 self.vcpu.sync_put(name, data)
             elif before[name] != data:
                 self.vcpu.put(name, data)
+
+    def _try(self, values: Sequence[tuple[str, int]]) -> bool:
+        """Whether KVM takes these values; EINVAL is its way to refuse them."""
+        try:
+            self._set_registers(SetState(tuple(values), "sregs"))
+        except k.KvmError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
+
+    def _egpr_by(self, via: str) -> dict[str, bytes]:
+        return {"egpr": self.vcpu.egpr_by(_SHOWN_BY[via])} if "egpr" in self._sections else {}
+
+    def _kick(self) -> Observation:
+        """KVM_RUN until a signal ends it; an exit that comes first is shown as what it is."""
+        try:
+            return Observation(self._exit(self.vcpu.run(KICK_AFTER)), self.sections())
+        except RunTimeoutError:
+            return Observation(_INTERRUPTED, self.sections())
 
     def _step(self, action: Step) -> Iterator[Observation]:
         vcpu = self.vcpu
@@ -373,10 +453,13 @@ class KvmMachine:
         """Move the vCPU and RAM into a VM made afresh."""
         assert self._case is not None
         old, case = self._loaded(), self._case
+        if case.others:
+            raise ValueError(f"{case.name}: a Case of several vCPUs cannot be saved and restored")
         saved = self.sections()
         ram = {slot: bytes(mapping) for slot, mapping in old.vm.ram.items()}
         self._pool.drop(old)
         warm = self._warm = self._pool.get(case.shape, case.profile)
+        self._current, self._vcpus = warm.vcpu, [warm.vcpu]
         for slot, data in ram.items():
             warm.vm.ram[slot][:] = data
         warm.load(case.memory, write=False)

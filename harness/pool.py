@@ -35,6 +35,8 @@ class Warm:
         except BaseException:
             self.vm.close()
             raise
+        self.others: list[Vcpu] = []
+        """Further vCPUs, made for the one Case that this VM then serves."""
         self.pkru = bytes(4)
         self._seen: Mapping[str, bytes] = {}
         self._seen_epoch = self._equal_epoch = -1
@@ -44,7 +46,8 @@ class Warm:
 
     def close(self) -> None:
         """Give both back."""
-        self.vcpu.close()
+        for vcpu in (*self.others, self.vcpu):
+            vcpu.close()
         self._ram.clear()
         self.vm.close()
 

@@ -444,26 +444,41 @@ class Vcpu(_Owner):
         buffer.xcrs[0].value = struct.unpack("<Q", data)[0]
         ioctl(self.fd, k.KVM_SET_XCRS, buffer)
 
-    def _read_xsave(self) -> bytearray:
-        big = self.kvm.xsave_size > 4096 or self.kvm.capability(k.KVM_CAP_XSAVE2)
-        ioctl(self.fd, k.KVM_GET_XSAVE2 if big else k.KVM_GET_XSAVE, self._xsave)
+    def egpr_by(self, request: int) -> bytes:
+        """Section ``egpr`` by KVM_GET_XSAVE or KVM_GET_XSAVE2, as ``request`` says."""
+        if self._dirty:
+            self._flush()
+        return self._get_component(_APX, self._egpr_offset, 128, request)
+
+    def put_egpr(self, data: bytes, *, in_use: bool) -> None:
+        """Write section ``egpr`` with XSTATE_BV[19] as ``in_use`` says: clear, KVM is to take it for zeros."""
+        if self._dirty:
+            self._flush()
+        self.epoch += 1
+        self._put_component(_APX, self._egpr_offset, data, in_use=in_use)
+
+    def _read_xsave(self, request: int = 0) -> bytearray:
+        if not request:
+            big = self.kvm.xsave_size > 4096 or self.kvm.capability(k.KVM_CAP_XSAVE2)
+            request = k.KVM_GET_XSAVE2 if big else k.KVM_GET_XSAVE
+        ioctl(self.fd, request, self._xsave)
         return bytearray(self._xsave)
 
-    def _get_component(self, component: int, offset: int | None, size: int) -> bytes:
+    def _get_component(self, component: int, offset: int | None, size: int, request: int = 0) -> bytes:
         if offset is None:
             return bytes(size)
-        area = self._read_xsave()
+        area = self._read_xsave(request)
         present = struct.unpack_from("<Q", area, _XSAVE_HEADER)[0] >> component & 1
         return bytes(area[offset : offset + size]) if present else bytes(size)
 
-    def _put_component(self, component: int, offset: int | None, data: bytes) -> None:
+    def _put_component(self, component: int, offset: int | None, data: bytes, *, in_use: bool = True) -> None:
         if offset is None:
             if any(data):
                 raise LookupError(f"XSAVE component {component} is not enumerated by this profile")
             return
         area = self._read_xsave()
         area[offset : offset + len(data)] = data
-        bits = struct.unpack_from("<Q", area, _XSAVE_HEADER)[0] | 1 << component
+        bits = struct.unpack_from("<Q", area, _XSAVE_HEADER)[0] & ~(1 << component) | in_use << component
         struct.pack_into("<Q", area, _XSAVE_HEADER, bits)
         ctypes.memmove(ctypes.addressof(self._xsave), bytes(area), len(area))
         ioctl(self.fd, k.KVM_SET_XSAVE, self._xsave)

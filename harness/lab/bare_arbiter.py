@@ -86,7 +86,7 @@ class Arbiter:
 
         Errors of ``expected`` pass through; LostError when the emulator dies.
         """
-        if _FORCED in case.requires or self.emulator.lacking(case.profile):
+        if _FORCED in case.requires or self.emulator.lacking(case.profile) or not self.emulator.can(case):
             return ""
         found = lockstep(case, self.expected, self.emulator).difference
         if found is None or not same_way(difference, found):

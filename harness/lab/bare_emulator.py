@@ -24,6 +24,7 @@ from harness.case import (
     Run,
     SaveRestore,
     SetState,
+    Show,
     Slot,
     Step,
     VmShape,
@@ -39,6 +40,7 @@ CPU: Final = "max,+svm"
 LIMIT: Final = 2.0
 """Seconds that a guest may take from one exit to the next."""
 
+_ACTIONS: Final = (Run, Complete, SetState, Show, Inject, Step, SaveRestore)
 _ALWAYS: Final = ("regs", "sregs2", "events", "debugregs", "xcr0", "egpr", "pkru")
 _DR6_STEP: Final = 0xFFFF4FF0  # the bits that read as one, and BS (SDM vol. 3B 17.2.3)
 _EXCEPTION, _INTERRUPT, _NMI = 1, 2, 3
@@ -100,6 +102,10 @@ class BareEmulator:
     def lacking(self, profile: CpuProfile) -> frozenset[str]:
         """Features of ``profile`` that this emulator does not have."""
         return profile.features - self.profile.features
+
+    def can(self, case: Case) -> bool:
+        """Whether the Case asks for nothing but what one processor by itself can show."""
+        return not case.others and not case.shape.caps and all(isinstance(a, _ACTIONS) for a in case.actions)
 
     # --- a Case ---
 
@@ -176,8 +182,10 @@ class BareEmulator:
                 return self._complete()
             case Step(count=count):
                 return self._step(box, count)
-            case SetState(values=values):
-                self._put(box, self._state(box).with_(dict(values)))
+            case SetState():
+                self._put(box, self._state(box).with_(action.meant))
+            case Show():
+                return (Observation(Halt(), box.get(self._names)),)
             case Inject(event="exception", vector=vector, error=error):
                 self._inject = (_EXCEPTION, vector, error or 0)
             case Inject(event="interrupt", vector=vector):

@@ -144,7 +144,8 @@ def _list(args: argparse.Namespace) -> int:
     for config in CONFIGURATIONS.values():
         known = sorted(p.stem.partition("@")[2] for p in FOLDER.glob(f"{config.name}@*.json"))
         print(f"  {config.name:12s} {config.about}")
-        print(f"  {'':12s} {' '.join((config.cpu, *config.parameters))}; profiles: {', '.join(known) or 'none'}")
+        edits = f"; edits: {', '.join(config.edits)}" if config.edits else ""
+        print(f"  {'':12s} {' '.join((config.cpu, *config.parameters))}{edits}; profiles: {', '.join(known) or 'none'}")
     print("stock kernels (--debian):")
     for series, (suite, *_) in STOCK.items():
         print(f"  {series:12s} Debian {suite}")

@@ -14,7 +14,7 @@ class Configuration:
 
     ``forced``: Cases go through KVM's emulator, instruction by instruction. ``needs``: features that the emulator must
     have beyond a stock one. ``edits``: kernel edits without which the configuration does not exist; a kernel of our
-    own, then.
+    own, then. The first is the one that makes KVM offer what the configuration is for.
     """
 
     name: str
@@ -42,11 +42,11 @@ CONFIGURATIONS: Final = {
         ),
         Configuration(
             "apx", "kvm_amd on emulated APX hardware; a kernel of our own whose KVM exposes it", f"{_SVM},+apxf",
-            ("kvm_amd.npt=1",), needs=frozenset({"apx"}), edits=("apx-on-svm",),
+            ("kvm_amd.npt=1",), needs=frozenset({"apx"}), edits=("apx-on-svm", "apx-leaf-29"),
         ),
         Configuration(
             "apx-compact", "apx with XSAVEC and XSAVES: the compacted format", f"{_SVM},+apxf,+xsavec,+xsaves",
-            ("kvm_amd.npt=1",), needs=frozenset({"apx"}), edits=("apx-on-svm",),
+            ("kvm_amd.npt=1",), needs=frozenset({"apx"}), edits=("apx-on-svm", "apx-leaf-29"),
         ),
     )
 }  # fmt: skip

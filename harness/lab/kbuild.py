@@ -146,6 +146,7 @@ def _from_entry(entry: Path, key: str, work: Workspace) -> BuiltKernel:
             image=entry / "bzImage",
             initramfs=None,
             digest=key,
+            has=frozenset(about["already there"]),
         ),
         vmlinux=entry / "vmlinux",
         layout=entry / "kvm-layout.o",

@@ -48,7 +48,8 @@ class Kernel:
     """A kernel that boots in the lab.
 
     ``release`` is what ``uname -r`` will say, ``series`` its first two numbers. ``initramfs`` is None when all that the
-    lab needs is built in. ``digest`` stands for the contents of both files.
+    lab needs is built in. ``digest`` stands for the contents of both files. ``has``: edits asked for that its tree
+    contains by itself.
     """
 
     label: str
@@ -57,6 +58,7 @@ class Kernel:
     image: Path
     initramfs: Path | None
     digest: str
+    has: frozenset[str] = frozenset()
 
 
 def debian_kernel(series: str, progress: Progress = quiet) -> Kernel:

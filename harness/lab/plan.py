@@ -116,7 +116,7 @@ def write_plan(path: Path, key: str, cases: Sequence[Case], skipped: Iterable[tu
     from multiprocessing import get_context
 
     batches = list(_batches(cases))
-    profiles = list({id(c.profile): c.profile for c in cases}.values())
+    profiles = list({id(p): p for c in cases for p in (c.profile, *(o.profile for o in c.others)) if p}.values())
     global _WORK  # how a forked worker finds the Cases: they are far cheaper to inherit than to send
     _WORK = (batches, profiles)
     try:

@@ -8,28 +8,31 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from harness.case import Case
-from harness.cpuid import CpuidEntry, CpuProfile
+from harness.cpuid import CpuProfile
 from harness.host import delivered_vector, faulting_code, instruction_name, missing
 from harness.judge import Read
 from harness.lab.errors import LabError
 from harness.lockstep import Difference
+from harness.state import bit_names
 
 FOLDER: Final = Path(__file__).resolve().parent.parent.parent / "ci" / "qemu" / "profiles"
 FORMAT: Final = 1
 _UD: Final = 6
+_APX, _APX_SIZE, _MPX = 19, 128, 0x18
 
 
 @dataclass(frozen=True)
 class Profile:
     """A KVM as probed (``Host.to_json`` with its CPUID) or as checked in.
 
-    ``lacks`` are instructions that its emulator is known not to have, as ``0f c7 in long``.
+    ``lacks`` are instructions that its emulator is known not to have, as ``0f c7 in long``. ``outcomes``: how Cases end
+    today that a KVM with more support would run (:func:`harness.judge.outcome`), a line each.
     """
 
     cell: str
@@ -43,6 +46,7 @@ class Profile:
     single_step: Mapping[str, bool]
     cpuid: CpuProfile
     lacks: frozenset[str] = frozenset()
+    outcomes: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def features(self) -> frozenset[str]:
@@ -63,6 +67,8 @@ class Profile:
         """What this profile has and ``now`` has not, a line each: regressions."""
         out = [f"capability {name}" for name in self.capabilities if name not in now.capabilities]
         out += [f"CPU feature {name} in the guest CPUID" for name in sorted(self.features - now.features)]
+        gone = self.cpuid.xcr0_supported & ~now.cpuid.xcr0_supported
+        out += [f"state component {name} in XCR0" for name in bit_names("xcr0", gone)]
         for what, mine, its in (
             ("mode", self.modes, now.modes), ("trait", self.traits, now.traits),
             ("exception delivery in", self.delivery, now.delivery),
@@ -72,6 +78,20 @@ class Profile:
         out += [f"single step in {m}" for m, works in self.single_step.items() if works and not now.single_step.get(m)]
         return out
 
+    def contradictions(self) -> list[str]:
+        """What the CPUID that this KVM offers says twice, and not alike (APX specification 3.1.4.1), a line each."""
+        xcr0, component = self.cpuid.xcr0_supported, self.cpuid.leaf(0xD, _APX)
+        out = []
+        if "apx" in self.features and not xcr0 >> _APX & 1:
+            out.append("APX in CPUID without XCR0[19]: no guest can use R16-R31")
+        if "apx" not in self.features and xcr0 >> _APX & 1:
+            out.append("XCR0[19] without APX in CPUID")
+        if xcr0 >> _APX & 1 and (xcr0 & _MPX or "mpx" in self.features):
+            out.append("XCR0[19] together with MPX")
+        if xcr0 >> _APX & 1 and (component is None or component.eax != _APX_SIZE):
+            out.append("XCR0[19] without state component 19 of 128 bytes, R16-R31")
+        return out
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         return {
@@ -79,7 +99,7 @@ class Profile:
             "parameters": dict(self.parameters), "features": sorted(self.features),
             "capabilities": dict(sorted(self.capabilities.items())), "modes": dict(self.modes),
             "delivery": dict(self.delivery), "traits": dict(self.traits), "single_step": dict(self.single_step),
-            "lacks": sorted(self.lacks), "cpuid": cpuid_rows(self.cpuid),
+            "lacks": sorted(self.lacks), "outcomes": dict(sorted(self.outcomes.items())), "cpuid": self.cpuid.rows,
         }  # fmt: skip
 
     @classmethod
@@ -89,7 +109,10 @@ class Profile:
             raise ValueError(f"a profile of format {body['profile']}")
         keys = ("cell", "module", "vendor", "parameters", "capabilities", "modes", "delivery", "traits", "single_step")
         return cls(
-            **{key: body[key] for key in keys}, cpuid=cpuid_from_rows(body["cpuid"]), lacks=frozenset(body["lacks"])
+            **{key: body[key] for key in keys},
+            cpuid=CpuProfile.from_rows(body["cpuid"]),
+            lacks=frozenset(body["lacks"]),
+            outcomes=body.get("outcomes", {}),
         )
 
     @classmethod
@@ -97,7 +120,7 @@ class Profile:
         """What the runner inside found: its greeting and the answer to ``probe``."""
         return cls(
             cell, str(hello["module"]), probe["vendor"], hello["parameters"], probe["capabilities"], probe["modes"],
-            probe["exception_delivery"], probe["traits"], probe["single_step"], cpuid_from_rows(hello["cpuid"]),
+            probe["exception_delivery"], probe["traits"], probe["single_step"], CpuProfile.from_rows(hello["cpuid"]),
         )  # fmt: skip
 
 
@@ -114,16 +137,6 @@ def refused_instruction(case: Case, difference: Difference, read: Read) -> str:
         code = faulting_code(case, got, read)
     mode = next((r.removeprefix("mode:") for r in case.requires if r.startswith("mode:")), "real")
     return f"{instruction_name(code, case.bits)} in {mode}" if code else ""
-
-
-def cpuid_rows(profile: CpuProfile) -> list[list[int]]:
-    """A CPUID profile as rows of numbers."""
-    return [[e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] for e in profile.cpuid]
-
-
-def cpuid_from_rows(rows: list[list[int]]) -> CpuProfile:
-    """The inverse of :func:`cpuid_rows`."""
-    return CpuProfile(tuple(CpuidEntry(*row) for row in rows))
 
 
 def profile_path(configuration: str, series: str) -> Path:

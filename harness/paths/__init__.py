@@ -11,6 +11,8 @@ from typing import Final
 from harness.case import Case
 from harness.cpuid import CpuProfile
 from harness.modes import MODES
+from harness.paths.apx import apx_exit_cases, apx_off_cases
+from harness.paths.apx_nested import apx_nested_cases
 from harness.paths.common import Family, cases
 from harness.paths.resume import resume_cases
 from harness.paths.step import step_cases
@@ -41,7 +43,10 @@ FAMILIES: Final = (
 )
 
 # Families whose guests are those of others, or whose actions are not one run to the end.
-_MORE: Final[Mapping[str, Callable[[CpuProfile], Iterator[Case]]]] = {"resume": resume_cases, "step": step_cases}
+_MORE: Final[Mapping[str, Callable[[CpuProfile], Iterator[Case]]]] = {
+    "resume": resume_cases, "step": step_cases, "apx_exits": apx_exit_cases, "apx_off": apx_off_cases,
+    "apx_nested": apx_nested_cases,
+}  # fmt: skip
 
 _FORCED: Final = frozenset(
     {"gpr", "alu", "flow", "io", "mmio", "control", "msr", "segment", "string", "flags", "fault"}

@@ -62,12 +62,14 @@ _MODE_FEATURES: Final = {
 }  # fmt: skip
 _ENTRY_FEATURES: Final = (
     ("cmpxchg16b", "cx16"), ("cmpxchg8b", "cx8"), ("cmov", "cmov"), ("syscall", "syscall"), ("real_to_long", "lm"),
+    ("xsetbv", "xsave"),
 )  # fmt: skip
 # (mode or any, start of the Case's name) -> the trait of harness/host.py that a host must have.
 _ENTRY_TRAITS: Final = (
     ("long-user", "flags/pushf", "rflags-at-long-cpl3"), ("long-user", "flags/popf", "rflags-at-long-cpl3"),
     ("long-user", "flags/toggle", "rflags-at-long-cpl3"), ("long-user", "fault/tf_flag", "rflags-at-long-cpl3"),
     ("long-user", "msr/cpuid", "cpuid-at-long-cpl3"), ("long-user", "segment/", "selectors-at-long-cpl3"),
+    ("long-user", "apx_off/cpuid", "cpuid-at-long-cpl3"),
     ("long-user", "control/cr1", "cr1-at-long-cpl3"), ("long-user", "control/cr5", "cr1-at-long-cpl3"),
     ("long-user", "fault/icebp", "icebp-at-long-cpl3"),
     ("compat", "segment/iret", "iret-in-compat"), ("compat-user", "segment/iret", "iret-in-compat"),

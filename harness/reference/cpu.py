@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from harness.case import Case
+from harness.case import CAP_EXIT_HYPERCALL, CAP_USER_SPACE_MSR, Case
 from harness.cpuid import CpuProfile
 from harness.exits import Exit
 from harness.state import MASK64, SEGMENT_NAMES, CpuState, Events, Segment, Table
@@ -16,6 +16,7 @@ from harness.state import MASK64, SEGMENT_NAMES, CpuState, Events, Segment, Tabl
 if TYPE_CHECKING:
     from harness.reference.execute import CodeEntry
     from harness.reference.memory import Memory
+    from harness.reference.svm import Guest
 
 CF, PF, AF, ZF, SF, TF, IF, DF, OF = 1, 4, 0x10, 0x40, 0x80, 0x100, 0x200, 0x400, 0x800
 IOPL, NT, RF, VM, AC, VIF, VIP, ID = 0x3000, 0x4000, 0x10000, 0x20000, 0x40000, 0x80000, 0x100000, 0x200000
@@ -38,6 +39,14 @@ class Fault(Exception):
     def __init__(self, vector: int, error: int | None = None, cr2: int | None = None) -> None:
         super().__init__(f"#{vector}" + (f"({error:#x})" if error is not None else ""))
         self.vector, self.error, self.cr2 = vector, error, cr2
+
+
+class VmExit(Fault):
+    """An intercepted event of a guest's guest: exit code, EXITINFO1 and 2 (None: not said what they hold)."""
+
+    def __init__(self, code: int, info1: int | None = None, info2: int | None = None) -> None:
+        super().__init__(-1)
+        self.code, self.info1, self.info2 = code, info1, info2
 
 
 class ModelError(Exception):
@@ -85,6 +94,9 @@ class Cpu:
         self.nmi_masked = self.nmi_pending = self.smm = 0
         self.retired = 0
         self.repeat = False
+        self.guest: Guest | None = None
+        """The guest that this guest runs, while it runs (SVM)."""
+        self.gif = True
         self.trap_bits = 0
         """DR6 bits of debug traps that the current instruction has earned (data and I/O breakpoints, BD, BT)."""
         self.pending_exits: list[Exit] = []
@@ -106,7 +118,12 @@ class Cpu:
         self.forced = "fep" in case.requires
         self.pending_exits, self.reads, self.retired = [], 0, 0
         self.repeat, self.trap_bits = False, 0
+        self.guest, self.gif = None, True
         self.unseen_msrs: dict[int, int] = {}
+        self.msr_exits = any(number == CAP_USER_SPACE_MSR and args[0] & 2 for number, args in case.shape.caps)
+        """MSRs that this processor does not have go to userspace (KVM_MSR_EXIT_REASON_UNKNOWN)."""
+        self.hypercall_exits = sum(args[0] for number, args in case.shape.caps if number == CAP_EXIT_HYPERCALL)
+        """Hypercalls that go to userspace, a bit each."""
         self.xrstor_area = -1
         """Linear address of the area that the last XRSTOR loaded, for the modified optimization (SDM vol. 1 13.5.6)."""
         self.apx_level = _apx_level(self.profile)
@@ -257,6 +274,11 @@ class Cpu:
     def linear_rip(self) -> int:
         """RIP as a linear address."""
         return self.rip if self.long64 else (self.seg[CS].base + self.rip) & 0xFFFFFFFF
+
+    def intercept(self, word: str, bit: int, code: int) -> None:
+        """VmExit if a guest's guest runs and its host intercepts this: ``bit`` of ``word`` of the control block."""
+        if self.guest is not None and getattr(self.guest, word) & bit:
+            raise VmExit(code)
 
     # --- the outside -------------------------------------------------------------------------------------------------
 

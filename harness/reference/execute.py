@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
-from harness.reference import events
+from harness.reference import events, svm
 from harness.reference.cpu import CS, DB, MASK, NMI, RF, SHADOW_MOV_SS, TF, Cpu, Fault, ModelError
 from harness.reference.decoder import Truncated, decode
 from harness.reference.insn import Insn, Operation
@@ -100,6 +100,9 @@ def take(cpu: Cpu, fault: Fault) -> None:
     """Deliver a fault of the instruction at ``cpu.start_rip``. events.TripleFault when that ends in shutdown."""
     cpu.rip = cpu.start_rip
     cpu.repeat = False
+    if (left := svm.exception(cpu, fault)) is not None:
+        svm.leave(cpu, left)
+        return
     if fault.cr2 is not None:
         cpu.cr2 = fault.cr2
     events.deliver(cpu, fault.vector, fault.error)
@@ -122,7 +125,7 @@ def step(cpu: Cpu) -> bool:
     """
     rip = cpu.start_rip = cpu.rip
     flags, shadow = cpu.rflags, cpu.shadow
-    if cpu.nmi_pending and not cpu.nmi_masked and shadow != SHADOW_MOV_SS:
+    if cpu.nmi_pending and cpu.gif and not cpu.nmi_masked and shadow != SHADOW_MOV_SS:
         cpu.nmi_pending = 0
         events.deliver(cpu, NMI)
         return False

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from harness.case import Action, Case, Complete, Inject, Observation, Run, SaveRestore, SetState, Step
-from harness.exits import Debug, Exit, Halt, Shutdown
+from harness.case import (
+    Action,
+    Case,
+    Complete,
+    Inject,
+    Kick,
+    Observation,
+    Run,
+    SaveRestore,
+    SetState,
+    Show,
+    Step,
+    Switch,
+    Try,
+)
+from harness.exits import Answer, Debug, Exit, Halt, Interrupted, Shutdown
 from harness.reference import events, execute
+from harness.reference.control import xcr0_valid
 from harness.reference.cpu import RF, Cpu, ModelError
 from harness.state import pack_sections
 
 BUDGET: Final = 1_000_000
 DR6_STEP: Final = 0xFFFF4FF0
 """DR6 as a debug exit shows it after a single step: the bits that read as one, and BS (SDM vol. 3B 17.2.3)."""
+
+
+_Away = tuple[Cpu, deque[Observation], Observation | None, list[Inject], bool]
+"""A vCPU of which another has the turn: its registers, and what of its last actions is not shown yet."""
 
 
 def visible_sections(case: Case) -> tuple[str, ...]:
@@ -37,6 +56,8 @@ class ReferenceMachine:
         self._fixed = None if sections is None else tuple(sections)
         self.sections: tuple[str, ...] = ()
         self.cpu: Cpu | None = None
+        self._away: dict[int, _Away] = {}
+        self._number = 0
         self._shown: deque[Observation] = deque()
         self._incomplete: Observation | None = None
         self._events: list[Inject] = []
@@ -47,6 +68,7 @@ class ReferenceMachine:
         chosen = self._fixed if sections is None else tuple(sections)
         self.sections = visible_sections(case) if chosen is None else chosen
         self.cpu = Cpu(case)
+        self._away, self._number = {}, 0
         self._shown.clear()
         self._incomplete, self._dead = None, False
         self._events = []
@@ -59,7 +81,6 @@ class ReferenceMachine:
 
     def apply(self, action: Action) -> list[Observation]:
         """Do ``action``; what it shows, exit by exit."""
-        cpu = self._cpu()
         match action:
             case Run(limit=limit, complete=True):
                 return self._run(limit)
@@ -67,11 +88,20 @@ class ReferenceMachine:
                 return self._run_pending()
             case Complete():
                 return self._complete()
-            case SetState(values=values):
-                self._need_rest("SetState")
-                undefined = 0 if any(name == "rflags" for name, _ in values) else cpu.undefined
-                cpu.load_state(cpu.state().with_(dict(values)))
-                cpu.undefined = undefined
+            case SetState():
+                self._set(action.meant)
+            case Try():
+                accepted = self._acceptable(dict(action.values))
+                if accepted:
+                    self._set(dict(action.values))
+                return [self._observe(Answer(action.text, accepted), {})]
+            case Show():
+                self._need_rest("Show")
+                return [self._observe(Halt(), {})]
+            case Kick():
+                return [self._kick()]
+            case Switch(vcpu=number):
+                self._switch(number)
             case Step(count=count):
                 return self._step(count)
             case Inject():
@@ -81,6 +111,35 @@ class ReferenceMachine:
             case _:
                 raise ModelError(f"the model does not know the action {action.kind!r}")
         return []
+
+    # --- registers, vCPUs --------------------------------------------------------------------------------------------
+
+    def _set(self, values: Mapping[str, int]) -> None:
+        self._need_rest("SetState")
+        cpu = self._cpu()
+        undefined = 0 if "rflags" in values else cpu.undefined
+        cpu.load_state(cpu.state().with_(values))
+        cpu.undefined = undefined
+
+    def _acceptable(self, values: Mapping[str, int]) -> bool:
+        """Whether userspace may write these: KVM refuses what the processor would (api.rst KVM_SET_XCRS)."""
+        if set(values) != {"xcr0"}:
+            raise ModelError(f"what KVM does with {', '.join(values)} is not modelled: Try knows xcr0")
+        return xcr0_valid(self._cpu(), values["xcr0"])
+
+    def _switch(self, number: int) -> None:
+        """Go on with another vCPU; RAM and devices are the same ones."""
+        old = self._cpu()
+        self._away[self._number] = old, self._shown, self._incomplete, self._events, self._dead
+        if number in self._away:
+            cpu, self._shown, self._incomplete, self._events, self._dead = self._away.pop(number)
+        else:
+            other = old.case.others[number - 1]
+            cpu = Cpu(replace(old.case, start=other.start, profile=other.profile or old.case.profile))
+            cpu.mem.share(old.mem)
+            self._shown, self._incomplete, self._events, self._dead = deque(), None, [], False
+        cpu.reads = old.reads
+        self.cpu, self._number = cpu, number
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -123,7 +182,8 @@ class ReferenceMachine:
         if self._shown and not seen.sections:
             self._incomplete = seen = self._shown.popleft()
             return [Observation(seen.exit, {}, retired=seen.retired)]
-        return [replace(seen, exit=Halt())]
+        mem = self._cpu().mem  # as RAM is now: another vCPU may have run
+        return [replace(seen, exit=Halt(), pages=mem.pages(), pages_ignore=mem.pages_ignore)]
 
     def _advance(self) -> None:
         """Run to the next instruction with exits and queue what it shows."""
@@ -196,6 +256,23 @@ class ReferenceMachine:
             seen = self._observe(Debug(1, cpu.linear_rip(), DR6_STEP), {})
             out.append(_without_rf(seen) if string and cpu.rip == cpu.start_rip else seen)
         return out
+
+    def _kick(self) -> Observation:
+        """Run to where the guest jumps to itself: whenever a signal comes, the state is this one."""
+        cpu = self._cpu()
+        for _ in range(self.budget):
+            before = cpu.rip
+            cpu.pending_exits.clear()
+            try:
+                self._deliver()
+                string = execute.step(cpu)
+            except events.TripleFault as error:
+                raise ModelError("a guest to be kicked shuts down") from error
+            if cpu.pending_exits:
+                raise ModelError("a guest to be kicked leaves by itself")
+            if cpu.rip == before and not string:
+                return self._observe(Interrupted(), {})
+        raise ModelError("a guest to be kicked does not come to a jump to itself")
 
     def _observe(self, exit: Exit, accept: dict[str, tuple[int, ...]]) -> Observation:
         cpu = self._cpu()

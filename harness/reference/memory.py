@@ -31,6 +31,10 @@ class Memory:
         self._versions: dict[int, int] = {}
         self._undefined: dict[int, int] = {}
 
+    def share(self, other: Memory) -> None:
+        """Be the same RAM as ``other``, seen through the registers of another processor."""
+        self._ram, self._versions, self._undefined = other._ram, other._versions, other._undefined
+
     # --- what machines show ------------------------------------------------------------------------------------------
 
     def pages(self) -> dict[int, bytes]:

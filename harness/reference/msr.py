@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from harness import vmcb
 from harness.cpuid import CpuidEntry
+from harness.exits import Msr
 from harness.reference.control import CR4, EFER_LMA, EFER_LME
 from harness.reference.cpu import CS, FS, GP, GS, IF, MASK, RF, RSP, SS, UD, VM, Cpu, Fault, ModelError
 from harness.reference.insn import Insn, Operation, Row
@@ -18,7 +20,7 @@ from harness.state import MASK64, MSR_INDEX, PAT_RESET, Segment
 APIC_BASE, EFER, FS_BASE, GS_BASE, XSS = 0x1B, 0xC0000080, 0xC0000100, 0xC0000101, 0xDA0
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
 PAT, STAR, LSTAR, CSTAR, FMASK = 0x277, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
-KERNEL_GS_BASE, TSC_AUX = 0xC0000102, 0xC0000103
+KERNEL_GS_BASE, TSC_AUX, VM_HSAVE_PA = 0xC0000102, 0xC0000103, 0xC0010117
 _SCE, _NX, _SVME, _FFXSR = 1, 1 << 11, 1 << 12, 1 << 14
 _ADDRESSES: Final = frozenset({LSTAR, CSTAR, KERNEL_GS_BASE, FS_BASE, GS_BASE})
 _RANGES: Final = ((0, 0x1FFF), (0x40000000, 0x4FFFFFFF), (0xC0000000, 0xC0001FFF), (0xC0010000, 0xC0011FFF))
@@ -27,8 +29,9 @@ _NEEDS: Final = {
     SYSENTER_CS: ("sep",), SYSENTER_ESP: ("sep",), SYSENTER_EIP: ("sep",), PAT: ("pat",), STAR: ("syscall",),
     LSTAR: ("lm",), CSTAR: ("lm",), FMASK: ("syscall",), KERNEL_GS_BASE: ("lm",), FS_BASE: ("lm",), GS_BASE: ("lm",),
     TSC_AUX: ("rdtscp", "rdpid"), EFER: ("nx", "lm", "syscall"),
+    VM_HSAVE_PA: ("svm",),
 }  # fmt: skip
-_KNOWN: Final = frozenset(MSR_INDEX.values()) | {APIC_BASE, EFER, FS_BASE, GS_BASE}
+_KNOWN: Final = frozenset(MSR_INDEX.values()) | {APIC_BASE, EFER, FS_BASE, GS_BASE, VM_HSAVE_PA}
 
 
 # --- CPUID ----------------------------------------------------------------------------------------------------------
@@ -91,6 +94,7 @@ def cpuid(insn: Insn) -> Operation:
     """CPUID."""
 
     def op(cpu: Cpu) -> None:
+        cpu.intercept("intercepts1", vmcb.INTERCEPT_CPUID, vmcb.EXIT_CPUID)
         g = cpu.gpr
         g[0], g[3], g[1], g[2] = cpuid_leaf(cpu, g[0] & MASK[32], g[1] & MASK[32])
 
@@ -112,20 +116,24 @@ def set_msr(cpu: Cpu, index: int, value: int) -> None:
     (cpu.msrs if index in cpu.msrs else cpu.unseen_msrs)[index] = value
 
 
-def _exists(cpu: Cpu, index: int) -> None:
-    """#GP(0) for an MSR that this processor does not have, ModelError for one that the model does not know."""
+def _exists(cpu: Cpu, index: int) -> bool:
+    """Whether this processor has an MSR. ModelError for one that the model does not know."""
     needs = _NEEDS.get(index)
     if needs is not None and not any(f in cpu.features for f in needs):
-        raise Fault(GP, 0)
+        return False
     if index not in _KNOWN:
         if not any(low <= index <= high for low, high in _RANGES):
-            raise Fault(GP, 0)
+            return False
         raise ModelError(f"MSR {index:#x} is not modelled")
+    return True
 
 
 def read_msr(cpu: Cpu, index: int) -> int:
-    """The value RDMSR reads."""
-    _exists(cpu, index)
+    """The value RDMSR reads. #GP(0) for an MSR that is not there, or what userspace says where it answers for those."""
+    if not _exists(cpu, index):
+        if not cpu.msr_exits:
+            raise Fault(GP, 0)
+        return int.from_bytes(cpu.device_read(Msr(index, False), 8), "little")
     if index == APIC_BASE:
         return cpu.apic_base
     if index == EFER:
@@ -138,8 +146,12 @@ def read_msr(cpu: Cpu, index: int) -> int:
 
 
 def write_msr(cpu: Cpu, index: int, value: int) -> None:
-    """WRMSR; #GP(0) for reserved bits and addresses that are not canonical."""
-    _exists(cpu, index)
+    """WRMSR; #GP(0) for reserved bits and addresses that are not canonical. For an MSR that is not there as RDMSR."""
+    if not _exists(cpu, index):
+        if not cpu.msr_exits:
+            raise Fault(GP, 0)
+        cpu.device_write(Msr(index, True, value))
+        return
     if index in _ADDRESSES and not cpu.canonical_base(value):
         raise Fault(GP, 0)
     if index == EFER:
@@ -163,6 +175,10 @@ def write_msr(cpu: Cpu, index: int, value: int) -> None:
         if value >> 32:
             if cpu.amd or index == SYSENTER_CS:
                 raise ModelError(f"MSR {index:#x}: bits 63:32 are reserved, what writing them does is not said")
+            raise Fault(GP, 0)
+        set_msr(cpu, index, value)
+    elif index == VM_HSAVE_PA:
+        if value & 0xFFF or value >> cpu.profile.maxphyaddr:  # APM vol. 2 15.30.4
             raise Fault(GP, 0)
         set_msr(cpu, index, value)
     else:

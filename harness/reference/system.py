@@ -11,8 +11,10 @@ from harness.reference.msr import MSR_ROWS
 from harness.reference.portio import PORT_ROWS
 from harness.reference.segments import SEGMENT_ROWS
 from harness.reference.strings import STRING_ROWS
+from harness.reference.svm import SVM_ROWS
 from harness.reference.transfers import FAR_ROWS
 
 SYSTEM_ROWS: Final[list[Row]] = [
     *SEGMENT_ROWS, *FAR_ROWS, *INTERRUPT_ROWS, *CONTROL_ROWS, *MSR_ROWS, *PORT_ROWS, *STRING_ROWS,
+    *SVM_ROWS,
 ]  # fmt: skip

@@ -196,7 +196,12 @@ static uint64_t get_msr(uint32_t index)
 """
 
 XSAVE: Final = r"""
-/* XSAVE state component number, at its offset in the standard format (CPUID leaf 0DH) */
+static int plain_xsave; /* KVM_GET_XSAVE, even where there is KVM_GET_XSAVE2 */
+
+/*
+ * XSAVE state component number, at its offset in the standard format (CPUID leaf 0DH).
+ * write: 0 get it, 1 set it, 2 set it with its bit of XSTATE_BV clear: the initial state, whatever data holds
+ */
 static void xsave_part(int number, uint32_t offset, void *data, uint32_t size, int write)
 {
 	static uint32_t area[65536 / 4];
@@ -204,7 +209,7 @@ static void xsave_part(int number, uint32_t offset, void *data, uint32_t size, i
 	uint64_t bits;
 
 #ifdef KVM_GET_XSAVE2
-	if (DO(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2) > 0)
+	if (!plain_xsave && DO(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2) > 0)
 		get = KVM_GET_XSAVE2;
 #endif
 	do_ioctl(vcpu_fd, get, (unsigned long)area, "KVM_GET_XSAVE");
@@ -216,7 +221,7 @@ static void xsave_part(int number, uint32_t offset, void *data, uint32_t size, i
 		return;
 	}
 	memcpy((uint8_t *)area + offset, data, size);
-	bits |= 1ULL << number;
+	bits = write == 1 ? bits | 1ULL << number : bits & ~(1ULL << number);
 	memcpy((uint8_t *)area + 512, &bits, 8);
 	DO(vcpu_fd, KVM_SET_XSAVE, area);
 }
@@ -300,8 +305,9 @@ static int describe(char *to, size_t room)
 		return 1;
 #endif
 	case KVM_EXIT_HYPERCALL:
+		device_data(&run->hypercall.ret, 8);
 		snprintf(to, room, "hypercall number 0x%" PRIx64, (uint64_t)run->hypercall.nr);
-		for (i = 0; i < 6; i++)
+		for (i = 0; i < 3; i++)
 			snprintf(to + strlen(to), room - strlen(to), "%s0x%" PRIx64, i ? " " : " args ",
 					(uint64_t)run->hypercall.args[i]);
 		return 1;

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Final
 
-from harness.case import Action, Case, Complete, Inject, Observation, Run, SaveRestore, SetState, Step
+from harness.case import Action, Case, Complete, Inject, Observation, Run, SaveRestore, SetState, Show, Step
 from harness.exits import Timeout, Unknown
 from harness.lockstep import Difference
 from harness.report import c_parts
@@ -305,6 +305,10 @@ def _actions(case: Case, actions: tuple[Action, ...]) -> str:
                 out.append(f"inject_exception({action.vector}, {error}, {action.error or 0:#x});")
             case SaveRestore():
                 out.append("save_restore();")
+            case Show(via="xsave") if "apx" in case.requires:
+                out.append('plain_xsave = 1; seen("halt"); plain_xsave = 0;')
+            case Show():
+                out.append('seen("halt");')
             case _:
                 raise EmitError(f"action {n} ({action.kind}) of {case.name} has no C form")
     return "".join(f"\t{line}\n" for line in out)
@@ -333,7 +337,8 @@ def _set_state(n: int, action: SetState, case: Case) -> str:
             out.append(f"\tset_msr({msr_index(name):#x}, {value:#x});")
         elif GPR_INDEX.get(name, 0) >= 16:
             offset = _xsave_offset(case, _APX) + 8 * (GPR_INDEX[name] - 16)
-            out.append(f"\txsave_part({_APX}, {offset}, &(uint64_t){{ {value:#x} }}, 8, 1);")
+            how = 2 if action.via == "xsave-init" else 1
+            out.append(f"\txsave_part({_APX}, {offset}, &(uint64_t){{ {value:#x} }}, 8, {how});")
         else:
             raise EmitError(f"action {n} (set): register {name} has no C form")
     if sync:

@@ -16,10 +16,12 @@ from harness.case import (
     Run,
     SaveRestore,
     SetState,
+    Show,
     Slot,
     Step,
     VmShape,
 )
+from harness.cpuid import CpuidEntry, CpuProfile
 from harness.exits import Halt, Shutdown
 from harness.lockstep import Difference, compare_registers, lockstep
 from harness.machine import KvmMachine, Recording, record
@@ -283,6 +285,22 @@ def test_a_guest_that_ends_early_cannot_be_judged(machine, profile, tmp_path):
     done = run_c(tmp_path, emit_c(case, Difference(3, 0, seen, replace(seen, exit=Halt())), HOST))
     assert done.returncode == 2
     assert "ended before exit 3" in done.stderr
+
+
+def test_the_actions_on_extended_registers_have_a_c_form(profile, tmp_path):
+    """This machine's KVM need not have APX: the source compiles, and says what it would do."""
+    leaves = (*profile.cpuid, CpuidEntry(0xD, 19, 1, 128, 960))
+    made = case_of(CpuProfile(leaves), b"\xe6\x10\xf4", requires=frozenset({"apx"}), actions=(
+        Run(), SetState((("r17", 5), ("r31", 6)), "xsave-init"), SetState((("r18", 7),), "xsave"),
+        Show("xsave"), Show("xsave2"),
+    ))  # fmt: skip
+    source = emit_c(made, None, "a host")
+    assert "xsave_part(19, 968, &(uint64_t){ 0x5 }, 8, 2);" in source
+    assert "xsave_part(19, 976, &(uint64_t){ 0x7 }, 8, 1);" in source
+    assert 'plain_xsave = 1; seen("halt"); plain_xsave = 0;' in source
+    (tmp_path / "a.c").write_text(source)
+    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-c", "-o", str(tmp_path / "a.o"), str(tmp_path / "a.c")]
+    subprocess.run(command, check=True)
 
 
 def test_an_action_without_a_c_form_is_named(profile):

@@ -4,14 +4,44 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from harness import kvm_ioctl as k
-from harness.case import Blob, Case, Complete, Memory, Run, SaveRestore, SetState, Slot, Step, VmShape
-from harness.exits import Debug, FailEntry, Halt, InternalError, Io, Mmio, Shutdown, Timeout, Unknown
+from harness.case import (
+    Blob,
+    Case,
+    Complete,
+    Kick,
+    Memory,
+    Other,
+    Run,
+    SaveRestore,
+    SetState,
+    Show,
+    Slot,
+    Step,
+    Switch,
+    Try,
+    VmShape,
+)
+from harness.exits import (
+    Answer,
+    Debug,
+    FailEntry,
+    Halt,
+    InternalError,
+    Interrupted,
+    Io,
+    Mmio,
+    Shutdown,
+    Timeout,
+    Unknown,
+)
 from harness.lockstep import lockstep
 from harness.machine import KvmMachine, Recording, record
+from harness.reference.machine import ReferenceMachine
 from harness.state import CpuState, pack_sections, unpack_sections
 from harness.vm import API_VERSION, Kvm, KvmUnusableError, RunTimeoutError, Vcpu, Vm
 
@@ -68,6 +98,37 @@ def test_memory_difference_is_found_to_the_byte(machine, host):
     assert (found.gpa, found.expected[0], found.got[0]) == (0x2000, 0, 0x5A)
     assert machine.memory_diff({}, {0x2000: 0xFF}) == []
     assert machine.memory_diff(machine.pages(), {}) == []
+
+
+def test_a_signal_ends_the_run_of_a_guest_that_goes_on_where_it_was(machine, host):
+    go_on = (SetState((("rip", 0x1004),)), Run(8))
+    first, second, halt = run(machine, real_mode(host, "b055 ebfe 43 f4", actions=(Kick(), Kick(), *go_on)))
+    assert (first.exit, second.exit, halt.exit) == (Interrupted(), Interrupted(), Halt())
+    assert [state_of(s).rip for s in (first, second, halt)] == [0x1002, 0x1002, 0x1006]
+    assert state_of(halt).gpr[3] == 0x2001
+
+
+def test_a_guest_that_leaves_before_the_kick_is_shown_as_it_is(machine, host):
+    assert run(machine, real_mode(host, "f4", actions=(Kick(),)))[0].exit == Halt()
+
+
+def test_two_vcpus_run_in_turn_in_one_ram_and_agree_with_the_model(machine, host):
+    # mov [bx], cl; out 0x10, al; mov al, [bx]; hlt -- and the same code on the other one
+    case = real_mode(host, "880f e610 8a07 f4", start=START.with_({"rcx": 0x11}), actions=(
+        Run(), Switch(1), Run(), Switch(0), Show(), Run(8), Switch(1), Run(8),
+    ))  # fmt: skip
+    case = replace(case, others=(Other(START.with_({"rcx": 0x22, "rip": 0x1000})),))
+    outcome = lockstep(case, ReferenceMachine(), machine)
+    assert outcome.difference is None
+    assert outcome.checks == 5
+    seen = run(machine, case)
+    assert [state_of(s).gpr[0] & 0xFF for s in seen[-2:]] == [0x22, 0x22]
+    assert lockstep(real_mode(host, "f4"), ReferenceMachine(), machine).difference is None, "the next Case has a VM"
+
+
+def test_what_kvm_refuses_is_an_answer(machine, host):
+    answers = run(machine, real_mode(host, "f4", actions=(Try((("xcr0", 2),)), Try((("xcr0", 1),)), Run())))
+    assert [s.exit for s in answers] == [Answer("xcr0=0x2", False), Answer("xcr0=0x1", True), Halt()]
 
 
 def test_guest_that_never_exits_ends_at_its_limit_and_the_next_case_runs(machine, host):

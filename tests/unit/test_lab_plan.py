@@ -1,10 +1,11 @@
 """Plans: what the model expects travels whole, and the runner's messages say what they were made from."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from harness.case import Blob, Case, Memory, Observation, Run
+from harness.case import Blob, Case, Memory, Observation, Other, Run, Switch
 from harness.cpuid import CpuidEntry, CpuProfile
 from harness.exits import Halt, Io, Shutdown
 from harness.lab.plan import PlanReader, read_plan, write_plan
@@ -47,6 +48,15 @@ def test_a_plan_holds_the_cases_and_what_the_model_shows(plan):
         assert got == original
         assert got.id == original.id
         assert steps == record(ReferenceMachine(), original)
+
+
+def test_a_case_of_several_vcpus_survives_the_plan(tmp_path):
+    other = CpuProfile((CpuidEntry(0, eax=1), CpuidEntry(1)))
+    two = replace(STORE, others=(Other(STORE.start, other), Other(MUL.start)), actions=(Run(8), Switch(1), Run(8)))
+    write_plan(tmp_path / "two", "key", [two])
+    got, steps = read_plan(tmp_path / "two").planned(0)
+    assert (got, got.id) == (two, two.id)
+    assert steps == record(ReferenceMachine(), two)
 
 
 def test_memory_that_a_guest_wrote_survives_the_plan(plan):

@@ -1,7 +1,7 @@
 /* R16-R31 as XSAVE component 19, in the standard and the compacted format. */
 #include "selftest.h"
 
-enum { HEADER = 512, XSTATE_BV = HEADER, XCOMP_BV = HEADER + 8, EXTENDED = HEADER + 64, OFFSET = 960 };
+enum { MXCSR = 24, HEADER = 512, XSTATE_BV = HEADER, XCOMP_BV = HEADER + 8, EXTENDED = HEADER + 64, OFFSET = 960 };
 #define COMPACTED (1ul << 63)
 #define ALL (XCR0_LEGACY | XCR0_APX)
 
@@ -39,6 +39,7 @@ static void fill_area(void)
 {
     memset(area, 0xaa, sizeof(area));
     memset(area + HEADER, 0, 64);
+    *(uint32_t *)(void *)(area + MXCSR) = 0x1f80; /* XRSTOR refuses reserved bits */
 }
 
 static bool registers_are(const uint64_t *expected)
