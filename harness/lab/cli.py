@@ -92,7 +92,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 def _check_apx(hardware: Emulator) -> None:
     """The bare self-test of APX, before anything is said about KVM. LabError when the hardware is broken."""
-    from harness.lab.hardware import apx_selftest
+    from harness.lab.selftest import apx_selftest
 
     found = apx_selftest(hardware, _say)
     _say(f"APX self-test of {hardware.name}: {found.passed} passed, {found.failed} failed")
