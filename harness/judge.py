@@ -81,8 +81,8 @@ class Judge:
             return result(Verdict.MISMATCH, f"start state refused: {finding.refused}")
         rows = self.covered(case.name)
         if found is None:
-            if rows:
-                return result(Verdict.HEALED, f"{rows[0].name} no longer diverges")
+            if healed := [row for row in rows if not row.sometimes]:
+                return result(Verdict.HEALED, f"{healed[0].name} no longer diverges")
             return result(Verdict.AGREE, "")
         for row in rows:
             if row.explains(case, found):

@@ -125,7 +125,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
 
     arbiter = _Arbitration(cell)
     run = CellRun(
-        cell, plan, profile, folder, take, known=load_known(), machines=options.machines,
+        cell, plan, profile, folder, take, known=load_known(release=cell.kernel.release), machines=options.machines,
         fail_fast=options.fail_fast, arbiter=arbiter, progress=line.say(progress),
     )  # fmt: skip
     try:
