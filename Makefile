@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 
 USABLE_KVM = $(VENV)/bin/python -c 'from harness.vm import Kvm; Kvm().close()' 2>/dev/null
 
-.PHONY: run test test-lab test-nested check bench nightly lab-packages clean
+.PHONY: run test test-lab test-nested check bench bench-lab nightly lab-packages clean
 run: $(STAMP)
 	@if $(USABLE_KVM); then \
 	    $(VENV)/bin/kvm-harness run $(ARGS); \
@@ -45,6 +45,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/python bench/run.py
+
+# What the lab costs. The first time builds a kernel, some minutes.
+bench-lab: $(STAMP) lab-packages
+	$(VENV)/bin/python bench/lab.py $(ARGS)
 
 $(STAMP): requirements.lock pyproject.toml ci/packages.sh bin/kvm-harness
 	sh ci/packages.sh

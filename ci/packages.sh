@@ -11,6 +11,8 @@ lab)
     packages="$packages make ninja-build patch pkg-config xz-utils libglib2.0-dev zlib1g-dev libfdt-dev libcap-ng-dev"
     # images (ci/qemu/)
     packages="$packages mmdebstrap squashfs-tools cpio zstd kmod"
+    # kernels of the lab's own (harness/lab/kbuild.py)
+    packages="$packages flex bison bc libelf-dev lz4"
     ;;
 *)
     echo "usage: sh ci/packages.sh [lab]" >&2

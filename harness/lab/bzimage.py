@@ -46,6 +46,35 @@ def release_of(image: Path) -> str:
     return version.split()[0]
 
 
+def vmlinux_of(image: Path) -> bytes:
+    """The kernel inside a bzImage: vmlinux without its symbols, but with BTF if it has any.
+
+    Raises LabInputError for a damaged one, one that is compressed in a way that is not known here, and where the
+    program that unpacks it is not installed.
+    """
+    release_of(image)
+    data = image.read_bytes()
+    start = ((data[_SETUP_SECTS] or 4) + 1) * 512
+    start += int.from_bytes(data[_PAYLOAD_OFFSET : _PAYLOAD_OFFSET + 4], "little")
+    length = int.from_bytes(data[_PAYLOAD_LENGTH : _PAYLOAD_LENGTH + 4], "little")
+    packed = data[start : start + length]
+    if len(packed) < length or length <= 4:
+        raise LabInputError(f"{image} ends in the middle of the kernel: copy it again")
+    unpack = next((tool for magic, tool in _UNPACK.items() if packed.startswith(magic)), None)
+    if unpack is None:
+        raise LabInputError(f"{image}: its kernel is compressed in a way that is not known here: give its vmlinux")
+    # The build appends the size to what it compressed, except where the format has it there anyway.
+    content = packed if unpack is gzip.decompress else packed[:-4]
+    size = int.from_bytes(packed[-4:], "little")
+    try:
+        kernel = unpack(content)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise LabInputError(f"{image} is damaged, the kernel inside does not unpack: {error}") from error
+    if len(kernel) != size:
+        raise LabInputError(f"{image} is damaged: {len(kernel)} bytes are inside, and should be {size}")
+    return kernel
+
+
 def unpacked(image: Path, progress: Progress = quiet) -> Path:
     """The kernel inside a bzImage, as an ELF file in the cache that an emulator can start at its PVH entry.
 
@@ -55,46 +84,26 @@ def unpacked(image: Path, progress: Progress = quiet) -> Path:
 
     def make(folder: Path) -> None:
         progress(f"unpacking {image.name}")
-        if kernel := _kernel(image):
+        kernel = vmlinux_of(image)
+        if _has_pvh_entry(kernel):
             (folder / "vmlinux").write_bytes(kernel)
 
     try:
         found = cached("vmlinux", digest(image), make) / "vmlinux"
-    except _NoToolError as error:
-        progress(f"{image.name} will unpack itself when it starts, which takes longer: install {error}")
+    except NoToolError as error:
+        progress(f"{error}; until then the kernel unpacks itself when it starts, which takes longer")
         return image
     return found if found.is_file() else image
 
 
-def _kernel(image: Path) -> bytes | None:
-    """The ELF file inside, if we can unpack it and an emulator could start it."""
-    data = image.read_bytes()
-    start = (data[_SETUP_SECTS] + 1) * 512 + int.from_bytes(data[_PAYLOAD_OFFSET : _PAYLOAD_OFFSET + 4], "little")
-    length = int.from_bytes(data[_PAYLOAD_LENGTH : _PAYLOAD_LENGTH + 4], "little")
-    packed = data[start : start + length]
-    if len(packed) < length or length <= 4:
-        raise LabInputError(f"{image} ends in the middle of the kernel: copy it again")
-    unpack = next((tool for magic, tool in _UNPACK.items() if packed.startswith(magic)), None)
-    # The build appends the size to what it compressed, except where the format has it there anyway.
-    content = packed if unpack is gzip.decompress else packed[:-4]
-    size = int.from_bytes(packed[-4:], "little")
-    try:
-        kernel = unpack(content) if unpack else None
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise LabInputError(f"{image} is damaged, the kernel inside does not unpack: {error}") from error
-    if kernel is not None and len(kernel) != size:
-        raise LabInputError(f"{image} is damaged: {len(kernel)} bytes are inside, and should be {size}")
-    return kernel if kernel is not None and _has_pvh_entry(kernel) else None
-
-
-class _NoToolError(Exception):
+class NoToolError(LabInputError):
     """The program that unpacks this format is not on this machine."""
 
 
 def _tool(name: str) -> Callable[[bytes], bytes]:
     def unpack(data: bytes) -> bytes:
         if shutil.which(name) is None:
-            raise _NoToolError(name)
+            raise NoToolError(f"{name} is needed to unpack this kernel: apt-get install {name}")
         done = subprocess.run([name, "-dcq"], input=data, capture_output=True, check=False)
         if done.returncode:
             raise OSError(done.stderr.decode(errors="replace").strip())

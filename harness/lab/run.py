@@ -19,10 +19,10 @@ from harness.known import load_known
 from harness.lab.bare_arbiter import Arbiter
 from harness.lab.bare_emulator import BareEmulator
 from harness.lab.cache import Progress
-from harness.lab.errors import LabError, LabInputError, LostError
+from harness.lab.errors import LabError, LabInputError, LostError, NoKvmError
 from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile, refused_instruction, write_profile
-from harness.lab.session import Cell, CellRun, reader
+from harness.lab.session import DEADLINE, Cell, CellRun, reader
 from harness.reference.machine import ReferenceMachine
 from harness.report.failure import failure_text
 from harness.report.junit import junit_report
@@ -74,6 +74,7 @@ class Options:
     fail_fast: bool = False
     machines: int = 2
     write_profile: bool = False
+    deadline: float = DEADLINE  # seconds for each cell
 
 
 def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, status: TextIO) -> CellOutcome:
@@ -126,7 +127,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     arbiter = _Arbitration(cell)
     run = CellRun(
         cell, plan, profile, folder, take, known=load_known(release=cell.kernel.release), machines=options.machines,
-        fail_fast=options.fail_fast, arbiter=arbiter, progress=line.say(progress),
+        fail_fast=options.fail_fast, deadline=options.deadline, arbiter=arbiter, progress=line.say(progress),
+        tick=lambda: line.update(run),
     )  # fmt: skip
     try:
         for name, id_, reason in skipped:
@@ -134,13 +136,16 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         if chosen:
             run.run(chosen)
         for text in regressions(profile, run):
-            take_profile(outcome, journal, text)
+            take_profile(outcome, journal, progress, text.partition(":")[0], f"gone: {text}")
         if options.write_profile and refused - {""}:
             profile = replace(profile, lacks=profile.lacks | refused - {""})
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: instructions that its emulator lacks added to {path}: {', '.join(sorted(refused))}")
         if not run.tally.total or run.tally.done >= run.tally.total or options.fail_fast:
             journal.append({"finished": True})
+    except NoKvmError as error:
+        take_profile(outcome, journal, progress, "KVM", str(error))
+        journal.append({"finished": True})
     except LabError as error:
         outcome.problem = str(error)
         journal.append({"lost": str(error)})
@@ -192,12 +197,13 @@ def regressions(profile: Profile, run: CellRun) -> list[str]:
     return profile.lost(run.probed) if run.probed is not None else []
 
 
-def take_profile(outcome: CellOutcome, journal: Journal, text: str) -> None:
+def take_profile(outcome: CellOutcome, journal: Journal, progress: Progress, what: str, summary: str) -> None:
     """A regression of the profile, as a record like any Case's."""
-    result = Result(f"profile/{text.partition(':')[0].replace(' ', '-')}", "", Verdict.REGRESSED, 1, f"gone: {text}")
+    result = Result(f"profile/{what.replace(' ', '-')}", "", Verdict.REGRESSED, 1, summary)
     record = dict(result.to_json())
     outcome.records.append(record)
     journal.append(record)
+    progress(f"regressed: {summary}")
 
 
 class StatusLine:
@@ -210,16 +216,17 @@ class StatusLine:
         self._shown = False
 
     def update(self, run: CellRun) -> None:
-        """Called at every result."""
+        """Called at every result, and several times a second."""
         now = time.monotonic()
         if now - self._last < (0.2 if self._tty else 10.0):
             return
         self._last = now
         tally = run.tally
-        text = (
-            f"{self._cell}: {tally.done}/{tally.total} cases, {tally.rate:,.0f} checks/s, "
-            f"{tally.bad} bad, {now - tally.began:.0f} s"
-        )
+        if tally.done:
+            text = f"{tally.done}/{tally.total} cases, {tally.rate:,.0f} checks/s, {tally.bad} bad"
+        else:
+            text = f"booting {tally.boots} of {run.machines} machines"
+        text = f"{self._cell}: {text}, {now - tally.began:.0f} s"
         self._stream.write(f"\r\x1b[K{text}" if self._tty else f"{text}\n")
         self._stream.flush()
         self._shown = self._tty

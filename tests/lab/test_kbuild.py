@@ -10,6 +10,8 @@ from elftools.elf.elffile import ELFFile
 
 from harness.lab.boot import Boot, How
 from harness.lab.bootspec import BootSpec
+from harness.lab.bzimage import release_of as release_in
+from harness.lab.bzimage import vmlinux_of
 from harness.lab.edits import EDITS, MUTANTS, Edit, edited, load_all, named
 from harness.lab.hardware import pinned_qemu
 from harness.lab.kbuild import BuiltKernel, kernel_from_tree, workspace
@@ -41,9 +43,10 @@ def test_tree_takes_the_whole_configuration(built: BuiltKernel) -> None:
 
 
 def test_image_is_what_it_says(built: BuiltKernel) -> None:
-    image = built.kernel.image.read_bytes()
-    assert image[0x202:0x206] == b"HdrS"  # Documentation/arch/x86/boot.rst
-    assert f"{built.kernel.release} (kvm-harness@lab)".encode() in image
+    bzimage = built.kernel.image.with_name("bzImage")
+    assert release_in(bzimage) == built.kernel.release
+    assert f"{built.kernel.release} (kvm-harness@lab)".encode() in bzimage.read_bytes()
+    assert vmlinux_of(bzimage)[:4] == built.kernel.image.read_bytes()[:4] == b"\x7fELF"
     assert built.kernel.series == "7.3"
 
 
