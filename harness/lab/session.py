@@ -465,8 +465,9 @@ class _Machine:
         splats = [splat for splat in find_splats(log) if not _INIT_ENDED.search(splat.title)]
         index = self._running()
         if not self.begun or index is None:
-            title = f": {splats[0].title}" if splats else ""
-            raise LostError(f"{run.cell.name}: {error or 'silence'} before the suite began{title}; console: {console}")
+            told = [str(error) or "silence"]
+            told += [splat.title for splat in splats[:1] if splat.title not in told[0]]
+            raise LostError(f"{run.cell.name}: before the suite began: {'; '.join(told)}; console: {console}")
         job = self.hand[0]
         what = splats[0].title if splats else f"the kernel fell silent for {SILENCE_LIMIT:g} s" if hung else ""
         if not job.careful:  # which of the last Cases it was, a second run tells
