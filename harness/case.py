@@ -6,21 +6,30 @@ It serializes to JSON, and its identity is the hash of that JSON.  Nothing here 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from harness.cpuid import CpuidEntry, CpuProfile
 from harness.exits import Exit
 from harness.state import CpuState
 
+if TYPE_CHECKING:
+    import hashlib
+
 FORMAT: Final = 1
 PAGE: Final = 4096
 IRQCHIPS: Final = ("none", "split", "full")
+
+
+def _sha256(data: bytes = b"") -> hashlib._Hash:
+    """Imported when it is used: OpenSSL is large, and the runner in the lab, where Python is slow, hashes nothing."""
+    import hashlib
+
+    return hashlib.sha256(data)
 
 
 class CaseError(ValueError):
@@ -92,7 +101,7 @@ class Memory:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over addresses and bytes."""
-        h = hashlib.sha256()
+        h = _sha256()
         for blob in self.blobs:
             h.update(f"{blob.gpa}:{len(blob.data)}:".encode())
             h.update(blob.data)
@@ -214,7 +223,7 @@ class Case:
     @cached_property
     def id(self) -> str:
         """First 12 hex digits of the SHA-256 of everything that decides what happens (``origin`` does not)."""
-        h = hashlib.sha256()
+        h = _sha256()
         start = self.start.flat()
         body = {
             "format": FORMAT, "name": self.name, "memory": self.memory.digest, "start": start,
@@ -292,7 +301,7 @@ def shape_json(shape: VmShape) -> dict[str, Any]:
 def profile_digest(profile: CpuProfile) -> str:
     """SHA-256 of a profile's leaves."""
     rows = [[getattr(e, f.name) for f in fields(CpuidEntry)] for e in profile.cpuid]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return _sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def device_data(seed: int, ordinal: int, size: int) -> bytes:

@@ -27,8 +27,8 @@ class Configuration:
     edits: tuple[str, ...] = ()
 
 
-# Without ERMS and FSRM kernels and C libraries do not fill and copy memory by REP STOSB and MOVSB, which cost an emulated
-# processor as much for a byte as for eight: a new page takes half the time, a read from a file a third.
+# Without ERMS and FSRM kernels and C libraries do not fill and copy memory by REP STOSB and MOVSB, which cost an
+# emulated processor as much for a byte as for eight: a new page takes half the time, a read from a file a third.
 _SVM: Final = "max,+svm,-erms,-fsrm"
 
 CONFIGURATIONS: Final = {
