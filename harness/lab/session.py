@@ -43,6 +43,7 @@ DEADLINE: Final = 7200.0
 """Seconds that all the Cases of a cell may take."""
 BOOTS: Final = 8
 """Machines that one cell may lose before it is given up."""
+_PACKING: Final = threading.Lock()  # ast.parse() of CPython 3.11 can fail when two threads are in it
 _NO_KVM: Final = re.compile(r"^kvm-harness-init: (no KVM.*?)\r?$", re.MULTILINE)  # what the image's init says of it
 # Exit code without a signal: our init came to its end. One that a signal killed may be the kernel's work.
 _INIT_ENDED: Final = re.compile(r"Attempted to kill init! exitcode=0x[0-9a-f]{6}00")
@@ -254,7 +255,8 @@ class CellRun:
             boot_number = self.tally.boots
         if boot_number > BOOTS:
             raise LostError(f"{self.cell.name}: {BOOTS} machines were lost; given up. Consoles: {self.folder}")
-        disks = [runner_payload(self._progress)]
+        with _PACKING:
+            disks = [runner_payload(self._progress)]
         if self.plan is not None:
             disks.append(self.plan.path)
         folder = self.folder / f"boot-{boot_number}"
