@@ -6,17 +6,19 @@ It serializes to JSON, and its identity is the hash of that JSON.  Nothing here 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from harness.cpuid import CpuProfile
 from harness.exits import Exit
 from harness.state import GPR_NAMES, CpuState
+
+if TYPE_CHECKING:
+    import hashlib
 
 FORMAT: Final = 1
 PAGE: Final = 4096
@@ -24,6 +26,13 @@ CAP_USER_SPACE_MSR: Final = 188
 CAP_EXIT_HYPERCALL: Final = 201
 """KVM_CAP_X86_USER_SPACE_MSR and KVM_CAP_EXIT_HYPERCALL change what a guest sees: the model knows them."""
 IRQCHIPS: Final = ("none", "split", "full")
+
+
+def _sha256(data: bytes = b"") -> hashlib._Hash:
+    """Imported when it is used: OpenSSL is large, and the runner in the lab, where Python is slow, hashes nothing."""
+    import hashlib
+
+    return hashlib.sha256(data)
 
 
 class CaseError(ValueError):
@@ -95,7 +104,7 @@ class Memory:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over addresses and bytes."""
-        h = hashlib.sha256()
+        h = _sha256()
         for blob in self.blobs:
             h.update(f"{blob.gpa}:{len(blob.data)}:".encode())
             h.update(blob.data)
@@ -275,7 +284,7 @@ class Case:
     @cached_property
     def id(self) -> str:
         """First 12 hex digits of the SHA-256 of everything that decides what happens (``origin`` does not)."""
-        h = hashlib.sha256()
+        h = _sha256()
         start = self.start.flat()
         body = {
             "format": FORMAT, "name": self.name, "memory": self.memory.digest, "start": start,
@@ -362,7 +371,7 @@ def shape_json(shape: VmShape) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def profile_digest(profile: CpuProfile) -> str:
     """SHA-256 of a profile's leaves."""
-    return hashlib.sha256(json.dumps(profile.rows).encode()).hexdigest()
+    return _sha256(json.dumps(profile.rows).encode()).hexdigest()
 
 
 def device_data(seed: int, ordinal: int, size: int) -> bytes:

@@ -91,8 +91,8 @@ class Judge:
         if found is None:
             if recorded:
                 return result(Verdict.HEALED, f"works; what is recorded is {recorded}")
-            if rows:
-                return result(Verdict.HEALED, f"{rows[0].name} no longer diverges")
+            if healed := [row for row in rows if not row.sometimes]:
+                return result(Verdict.HEALED, f"{healed[0].name} no longer diverges")
             return result(Verdict.AGREE, "")
         for row in rows:
             if row.explains(case, found):

@@ -190,7 +190,8 @@ def _runner(config: pytest.Config) -> Runner:
     found = config.stash.get(runner_key, None)
     if found is None:
         host = _host(config)
-        found = config.stash[runner_key] = Runner(KvmMachine(host.kvm, limit=CASE_LIMIT), host, load_known())
+        known = load_known(release=host.kernel)
+        found = config.stash[runner_key] = Runner(KvmMachine(host.kvm, limit=CASE_LIMIT), host, known)
     return found
 
 

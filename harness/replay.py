@@ -87,7 +87,7 @@ def replay(text: str, device: Path, use: Callable[[Replay], None]) -> Result:
         host = Host(kvm)
         try:
             found = find_case(text, host)
-            runner = Runner(machine, host, load_known())
+            runner = Runner(machine, host, load_known(release=host.kernel))
 
             def once(case: Case) -> Result:
                 return runner.run(case, ReferenceMachine())

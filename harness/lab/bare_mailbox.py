@@ -23,6 +23,7 @@ from typing import Final, Protocol, Self
 from harness.case import CaseError, Slot, VmShape
 from harness.cpuid import CpuidEntry
 from harness.lab.errors import LabError, LostError
+from harness.lab.spawn import spawn
 
 DEVICE: Final = "bare-machine"
 MEMORY: Final = 32 << 20
@@ -131,9 +132,8 @@ class Mailbox:
         words += ["-machine", "none", "-accel", "tcg", "-cpu", f"{self.cpu},apic-id=0", "-object", backend]
         words += ["-device", f"{DEVICE},memory=ram,fd={bell}"]
         try:
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=self._errors, stderr=self._errors, pass_fds=(memory, bell)
-            )
+            # Not guarded: threads hand it on, and it ends with its socket.
+            self._process = spawn(words, (memory, bell), self._errors.fileno(), guarded=False)
         except OSError as error:
             raise LabError(f"{self.emulator.binary}: {error.strerror}: run `kvm-harness lab build`") from error
         stack.callback(self._end)

@@ -1,4 +1,4 @@
-"""The one place that starts emulators: a machine while it runs, and how it ended.
+"""A machine while it runs, and how it ended. (The process itself begins in harness/lab/spawn.py.)
 
 A machine talks over byte streams: its console, further serial ports, and virtio-serial channels that the guest finds by
 name. Each is one end of a socket pair that the emulator inherits, so there is no socket file to be left behind or to
@@ -13,7 +13,6 @@ import contextlib
 import io
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,6 +32,7 @@ from harness.lab.bootspec import CONSOLE, QMP, BootSpec, command_line, outer_acc
 from harness.lab.cache import Progress, quiet
 from harness.lab.errors import LabError, LostError
 from harness.lab.inbox import Arrival, Inbox
+from harness.lab.spawn import spawn
 from harness.lab.splat import find_splats
 
 __all__ = ["CONSOLE", "Arrival", "Boot", "BootSpec", "Ending", "How", "outer_acceleration"]
@@ -48,9 +48,6 @@ _UNREAD_LIMIT: Final = 32 << 20  # bytes of a channel that nobody has read, afte
 _PIECE: Final = 1 << 16
 _PANIC_TAIL: Final = 1 << 18
 _DROPPED: Final = b"\n[kvm-harness: the machine writes too much; the rest is dropped]\n"
-# The kernel kills the emulator when the thread that started it is gone, for whatever reason; the shell's test is for a
-# parent that died before that was arranged.
-_GUARD: Final = ("setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"')
 
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())  # what it has to say arrives as exceptions too
 
@@ -114,9 +111,6 @@ class Boot(Inbox):
 
     def __enter__(self) -> Self:
         self.spec.check()
-        for tool in (_GUARD[0], "sh"):
-            if shutil.which(tool) is None:
-                raise LabError(f"{tool} is not on this machine: install Debian's util-linux and dash")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -251,19 +245,12 @@ class Boot(Inbox):
                 self._ends[name], theirs[name] = socket.socketpair()
                 stack.enter_context(self._ends[name]).setblocking(False)
             fds = {name: end.fileno() for name, end in theirs.items()}
-            words = [*_GUARD, str(os.getpid()), *command_line(self.spec, fds)]
+            words = command_line(self.spec, fds)
             with self._changed:
                 if self._stopping:
                     raise LostError("ended by us before it began")
                 self._started = time.monotonic()
-                self._process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.DEVNULL,
-                    stdout=said,
-                    stderr=said,
-                    pass_fds=tuple(fds.values()),
-                    process_group=0,  # Ctrl-C on the terminal is ours to handle
-                )
+                self._process = spawn(words, fds.values(), said)
         finally:
             for end in theirs.values():
                 end.close()

@@ -40,16 +40,31 @@ def add_verbs(verb: Verb) -> None:
         "kvm-harness lab run --config svm,svm-shadow --debian 6.12 --tier smoke",
     )  # fmt: skip
     shell = verb("shell", _shell, "A shell inside, on the console of the machine.", "kvm-harness lab shell")
-    for made in (build, run, shell):
+    peers = verb(
+        "peers", _peers, "Upstream's KVM selftests and kvm-unit-tests on the kernel under test: one table.",
+        "kvm-harness lab peers --debian 7.3 --build-selftests --unit-tests ~/kvm-unit-tests",
+    )  # fmt: skip
+    for made in (build, run, shell, peers):
         _add_kernel(made)
         made.add_argument(
             "--config", default="svm", metavar="A,B", help=f"configurations: {', '.join(CONFIGURATIONS)}; or all"
         )
+    which = peers.add_mutually_exclusive_group()
+    which.add_argument("--selftests", type=Path, metavar="DIR", help="built tools/testing/selftests/kvm, static")
+    which.add_argument(
+        "--build-selftests", action="store_true", help=f"build them: from --tree, or Debian's Linux {SOURCE_SERIES}"
+    )
+    peers.add_argument("--unit-tests", type=Path, metavar="DIR", help="built kvm-unit-tests")
+    peers.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
+    peers.add_argument("-k", metavar="EXPR", help="only tests whose name matches, as in pytest: 'svm and not nested'")
     run.add_argument("--tier", choices=TIERS, default="full", help="smoke: each access path once (default: full)")
     run.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
     run.add_argument("-k", metavar="EXPR", help="only Cases whose name matches, as in pytest: 'gpr and long'")
     run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
     run.add_argument("--machines", type=int, default=2, metavar="N", help="machines side by side (default: 2)")
+    run.add_argument(
+        "--deadline", type=float, default=120.0, metavar="MINUTES", help="what a cell may take at most (default: 120)"
+    )
     run.add_argument("--write-profile", action="store_true", help="check in what this cell's KVM can do, then run")
 
 
@@ -92,7 +107,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 def _check_apx(hardware: Emulator) -> None:
     """The bare self-test of APX, before anything is said about KVM. LabError when the hardware is broken."""
-    from harness.lab.hardware import apx_selftest
+    from harness.lab.selftest import apx_selftest
 
     found = apx_selftest(hardware, _say)
     _say(f"APX self-test of {hardware.name}: {found.passed} passed, {found.failed} failed")
@@ -167,8 +182,24 @@ def _run(args: argparse.Namespace) -> int:
     from harness.journal import new_folder
     from harness.lab.run import Options, run_cells
 
-    options = Options(args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile)
+    options = Options(
+        args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile, 60 * args.deadline
+    )
     return run_cells(cells(args), args.out or new_folder(), options, _say, sys.stderr)
+
+
+def _peers(args: argparse.Namespace) -> int:
+    from harness.journal import new_folder
+    from harness.lab.ksource import debian_source
+    from harness.lab.peer_build import built_selftests
+    from harness.lab.peers import run_peers
+
+    if not (args.selftests or args.build_selftests or args.unit_tests):
+        raise LabInputError("nothing to run: give --selftests DIR or --build-selftests, and --unit-tests DIR")
+    found = args.selftests
+    if args.build_selftests:
+        found = built_selftests(args.tree or debian_source(SOURCE_SERIES, _say), _say)
+    return run_peers(cells(args), found, args.unit_tests, args.out or new_folder(), args.k, _say)
 
 
 def _shell(args: argparse.Namespace) -> int:

@@ -19,3 +19,9 @@ class LabInputError(LabError):
 
 class LostError(LabError):
     """The machine under our kernel died, or fell silent before the suite began."""
+
+
+class NoKvmError(LabError):
+    """The kernel under test has no KVM although the hardware is there: the kernel's defect (regressed: 1)."""
+
+    status = Verdict.REGRESSED.status

@@ -14,23 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from harness.lab import qemu_build
-from harness.lab.cache import Progress, cached, digest, digest_tree, quiet
-from harness.lab.errors import LabError, LabInputError
+from harness.lab.cache import Progress, cached, digest, quiet
+from harness.lab.errors import LabError
 
 _PATCHED_IN: Final = frozenset({"bare-machine", "cr8-lock"})
-
-_SELFTEST: Final = Path(__file__).resolve().parents[2] / "tests" / "lab" / "apx_selftest"
-_SELFTEST_CFLAGS: Final = (
-    "-std=gnu11", "-O2", "-Wall", "-Wextra", "-ffreestanding", "-fno-pic", "-fno-pie", "-mcmodel=small",
-    "-mno-red-zone", "-mgeneral-regs-only", "-fno-stack-protector", "-fcf-protection=none",
-    "-fno-asynchronous-unwind-tables",
-)  # fmt: skip
-_SELFTEST_MACHINE: Final = (
-    "-machine", "pc", "-accel", "tcg", "-cpu", "max,+apxf,+xsavec,+xsaves", "-m", "64", "-nodefaults",
-    "-display", "none", "-serial", "stdio", "-no-reboot", "-device", "isa-debug-exit,iobase=0xf4,iosize=4",
-)  # fmt: skip
-_SELFTEST_LIMIT: Final = 120.0  # seconds; it takes about one
-_SUMMARY: Final = re.compile(r"^passed (0x[0-9a-f]+) failed (0x[0-9a-f]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -53,15 +40,6 @@ class Emulator:
     def command(self) -> tuple[str, ...]:
         """The beginning of its command line."""
         return (str(self.binary),) if self.firmware is None else (str(self.binary), "-L", str(self.firmware))
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """What an emulator's self-test found: counts of checks, and its whole output (``FAIL`` begins a failed check)."""
-
-    passed: int
-    failed: int
-    output: str
 
 
 def pinned_qemu(progress: Progress = quiet) -> Emulator:
@@ -110,73 +88,4 @@ def _output(binary: Path, *arguments: str) -> str:
         raise LabError(f"{binary}: {error.strerror}") from error
     if done.returncode:
         raise LabError(f"{binary} does not start here: {done.stderr.strip()[-500:]}")
-    return done.stdout
-
-
-# --- the self-test of its APX ----------------------------------------------------------------------------------------
-
-
-def apx_selftest(emulator: Emulator, progress: Progress = quiet) -> SelfTest:
-    """Run ``tests/lab/apx_selftest`` on the bare emulator, once for each emulator and version of the test.
-
-    A failed check is the emulator's defect: nothing that a KVM shows on it about APX counts. Raises LabInputError where
-    the emulator has no APX, LabError where the test cannot be built or does not come to its end.
-    """
-    if "apx" not in emulator.features:
-        raise LabInputError(f"{emulator.name} does not emulate APX: let the lab use its own QEMU")
-    key = digest(emulator.digest, " ".join((*_SELFTEST_CFLAGS, *_SELFTEST_MACHINE)), _selftest_digest())
-
-    def run(folder: Path) -> None:
-        progress(f"self-test of APX on {emulator.name}")
-        output = _run_selftest(emulator, _build_selftest(folder))
-        (folder / "output").write_text(output)
-
-    output = (cached("apx-selftest", key, run) / "output").read_text()
-    summary = _SUMMARY.search(output)
-    assert summary is not None
-    return SelfTest(int(summary[1], 16), int(summary[2], 16), output)
-
-
-def _selftest_digest() -> str:
-    files = [path for path in _SELFTEST.glob("*") if path.is_file()]
-    if not files:
-        raise LabError(f"{_SELFTEST} is missing: run kvm-harness from a whole checkout of the project")
-    return digest_tree(_SELFTEST, files)
-
-
-def _build_selftest(folder: Path) -> Path:
-    objects = []
-    for source in sorted((*_SELFTEST.glob("*.c"), *_SELFTEST.glob("*.S"))):
-        target = folder / f"{source.name}.o"
-        compiler = ("cc", *_SELFTEST_CFLAGS, "-c") if source.suffix == ".c" else ("as", "--64", "-I", str(_SELFTEST))
-        _tool(*compiler, str(source), "-o", str(target))
-        objects.append(str(target))
-    elf, image = folder / "selftest.elf", folder / "selftest.bin"
-    script = str(_SELFTEST / "selftest.ld")
-    _tool("ld", "-m", "elf_x86_64", "-z", "noexecstack", "-T", script, "-o", str(elf), *objects)
-    _tool("objcopy", "-O", "binary", str(elf), str(image))
-    return image
-
-
-def _tool(*command: str) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise LabError(f"{command[0]} is not on this machine: sh ci/packages.sh") from error
-    if done.returncode:
-        raise LabError(f"the self-test of the emulator does not build: {' '.join(command)}:\n{done.stderr.strip()}")
-
-
-def _run_selftest(emulator: Emulator, image: Path) -> str:
-    command = [*emulator.command, *_SELFTEST_MACHINE, "-kernel", str(image)]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-            timeout=_SELFTEST_LIMIT,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise LabError(f"the self-test on {emulator.name} did not end in {_SELFTEST_LIMIT:g} s") from error
-    if not _SUMMARY.search(done.stdout):
-        last = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
-        raise LabError(f"the self-test on {emulator.name} broke off (status {done.returncode}):\n{last}")
     return done.stdout

@@ -10,6 +10,7 @@ Neither is compressed: in a guest without hardware virtualization, unpacking cos
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -26,15 +27,23 @@ PYTHON: Final = "cpython-311"
 """Cache tag of the image's Python, which loads byte code of this tag at once if its header says ``unchecked-hash``."""
 RECIPE: Final = Path(__file__).resolve().parents[2] / "ci" / "qemu" / "image"
 
-_VERSION: Final = "2"  # part of every key: raise it when this module makes something else of the same parts
+_VERSION: Final = "4"  # part of every key: raise it when this module makes something else of the same parts
 # Uncompressed, but the header names a compressor, which the kernel must have: ours and Debian's have zstd.
 _SQUASHFS: Final = (
     "-comp", "zstd", "-noI", "-noD", "-noF", "-noX", "-no-xattrs",
     "-all-root", "-no-progress", "-quiet",
 )  # fmt: skip
 _MERGED_USR: Final = 'for d in bin sbin lib lib64; do mkdir -p "$1/usr/$d"; ln -s "usr/$d" "$1/$d"; done'
+# One user is enough, its files are root's outside: no newuidmap, no ranges in /etc/subuid.
+_AS_ROOT: Final = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--")
+_VERSIONS: Final = "/usr/share/kvm-harness/packages"
 _INIT: Final = "/usr/sbin/kvm-harness-init"
 _START: Final = "start"
+_HINTS: Final = {
+    "No space left|Disk quota": "make room (also in TMPDIR), or set KVM_HARNESS_CACHE elsewhere",
+    "Failed to fetch|apt-get update": "check the network and apt's proxy settings, or set KVM_HARNESS_CACHE to a cache"
+    " that was filled before",
+}  # what a tool said, and what to do next
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Image:
 def base_image(progress: Progress = cache.quiet) -> Image:
     """The root image, made by mmdebstrap if the cache does not have it (a minute, and the network, once).
 
-    As root, or in a user namespace without. Raises LabError, with what the failing tool said.
+    As root, or in a user namespace of the caller's own. Raises LabError, with what the failing tool said.
     """
     parts = [RECIPE / name for name in ("packages", "finish", "init")]
     try:
@@ -112,32 +121,40 @@ def _bootstrap(archive: Path, folder: Path) -> None:
     except debian.FetchError as error:
         raise LabError(str(error)) from error
     _run([
-        "mmdebstrap", "--variant=extract", "--format=tar", f"--mode={_mode()}", *keyring,
+        *([] if os.geteuid() == 0 else _AS_ROOT),
+        "mmdebstrap", "--mode=root", "--variant=extract", "--format=tar", "--skip=output/mknod", *keyring,
         f"--architectures={debian.ARCHITECTURE}", f"--include={included}",
         "--aptopt=APT::Install-Recommends false", "--aptopt=Acquire::Retries 3",
         f"--setup-hook={_MERGED_USR}",
-        # As text and by upload: in a user namespace, root may not be let into the user's checkout.
         f"--extract-hook={(RECIPE / 'finish').read_text()}",
         f"--extract-hook=upload {RECIPE / 'init'} {_INIT}",
         f'--extract-hook=chmod 755 "$1"{_INIT}',
-        f"--extract-hook=download /usr/share/kvm-harness/packages {folder / 'packages'}",
+        f"--extract-hook=download {_VERSIONS} {folder / 'packages'}",
         SUITE, str(archive), mirror,
     ])  # fmt: skip
 
 
-def _mode() -> str:
-    return "root" if os.geteuid() == 0 else "unshare"
-
-
 def _run(command: Sequence[str], stdin: int = subprocess.DEVNULL) -> None:
+    # Any date will do that is always the same: then so is the file.
+    env = {**os.environ, "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"}
     try:
         done = subprocess.run(
-            command, stdin=stdin, capture_output=True, text=True, errors="replace", check=False,
-            env={**os.environ, "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"},  # the same file whenever it is made
-        )  # fmt: skip
+            command, stdin=stdin, capture_output=True, text=True, errors="replace", check=False, env=env
+        )
     except FileNotFoundError as error:
-        package = "mmdebstrap" if command[0] == "mmdebstrap" else "squashfs-tools"
-        raise LabError(f"{command[0]} is not on this machine: install Debian's package {package}") from error
-    if done.returncode:
-        said = "\n  ".join((done.stderr + done.stdout).strip().splitlines()[-12:])
-        raise LabError(f"{command[0]} failed with status {done.returncode}:\n  {said}")
+        raise _missing(command[0]) from error
+    if done.returncode == 0:
+        return
+    said = (done.stderr + done.stdout).strip()
+    if re.search(r"^unshare: (?!failed to execute)", said, re.MULTILINE):
+        raise LabError(f"making the root image takes root, or user namespaces, and this user has none: {said}")
+    if "unshare: failed to execute" in said:
+        raise _missing("mmdebstrap")
+    lines = "\n  ".join(said.splitlines()[-12:])
+    hint = next((f": {hint}" for words, hint in _HINTS.items() if re.search(words, said)), "")
+    raise LabError(f"{command[0]} failed with status {done.returncode}{hint}\n  {lines}")
+
+
+def _missing(tool: str) -> LabError:
+    package = {"mmdebstrap": "mmdebstrap", "unshare": "util-linux"}.get(tool, "squashfs-tools")
+    return LabError(f"{tool} is not on this machine: install Debian's package {package}")

@@ -7,6 +7,7 @@ import io
 import lzma
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,41 +16,15 @@ from typing import Final
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
+from harness.lab.cache import Progress, cached, digest, quiet
+from harness.lab.debian import FetchError, fetch_package, unpack
 from harness.lab.errors import LabError, LabInputError
+from harness.lab.image import RECIPE, SUITE
 
 REQUIRED: Final = ("virtio_pci", "virtio_blk", "squashfs", "virtio_console", "kvm")
 """Modules without which a lab cannot work: they must be in the kernel, or loadable."""
 _HARDWARE: Final = ("kvm_amd", "kvm_intel")  # at least one of them
-
-_INIT: Final = """\
-#!/bin/busybox sh
-# Loads the modules that the machine's disks and KVM need, then hands over to the root image.
-export PATH=/bin
-busybox mount -t devtmpfs devtmpfs /dev
-busybox mount -t proc proc /proc
-read -r words < /proc/cmdline
-load() {
-    parameters=
-    for word in $words; do
-        case $word in "$1".*) parameters="$parameters ${word#*.}" ;; esac
-    done
-    busybox insmod "/modules/$1.ko" $parameters
-}
-while read -r name _ flags; do
-    [ "$name" = flags ] && break
-done < /proc/cpuinfo
-for module in LIST; do
-    case "$module $flags " in
-    kvm_amd*" svm "* | kvm_intel*" vmx "*) ;;
-    kvm_amd* | kvm_intel*) continue ;;
-    esac
-    load $module || case $module in kvm*) echo "kvm-harness-init: no KVM: $module cannot be loaded" ;; esac
-done
-busybox umount /proc
-busybox mount -t squashfs -o ro /dev/vda /root || echo "kvm-harness-init: no root image on /dev/vda"
-busybox mount --move /dev /root/dev
-exec busybox switch_root /root /sbin/kvm-harness-init
-"""
+_INIT: Final = RECIPE / "initramfs-init"
 
 
 @dataclass(frozen=True)
@@ -112,11 +87,11 @@ def _builtin(folder: Path) -> frozenset[str]:
 
 def read_module(path: Path) -> bytes:
     """The contents of a .ko file, decompressed. Raises LabInputError when it is damaged."""
-    unpack = _UNPACK.get(path.suffix)
+    decompress = _DECOMPRESS.get(path.suffix)
     try:
         data = path.read_bytes()
-        return unpack(data) if unpack else data
-    except (OSError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        return decompress(data) if decompress else data
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise LabInputError(f"{path} cannot be read: {error}") from error
 
 
@@ -130,7 +105,11 @@ def _zstd(data: bytes) -> bytes:
     return done.stdout
 
 
-_UNPACK: Final[dict[str, Callable[[bytes], bytes]]] = {".xz": lzma.decompress, ".gz": gzip.decompress, ".zst": _zstd}
+_DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
+    ".xz": lzma.decompress,
+    ".gz": gzip.decompress,
+    ".zst": _zstd,
+}
 
 
 def modinfo(data: bytes, path: Path) -> Iterator[tuple[str, str]]:
@@ -153,13 +132,33 @@ def dependencies(data: bytes, path: Path) -> list[str]:
     return [word.replace("-", "_") for word in ",".join(words).split(",") if word]
 
 
-def archive(busybox: Path, modules: Sequence[Module]) -> bytes:
-    """The initramfs, as a cpio archive that is not compressed: the guest would pay for unpacking it."""
-    script = _INIT.replace("LIST", " ".join(module.name for module in modules))
+def initramfs(modules: Sequence[Module], progress: Progress = quiet) -> Path:
+    """An initramfs that loads these modules and hands over to the root image; from the cache if it was made before.
+
+    KVM's modules get their parameters from the kernel command line, as built-in ones do. Raises LabError.
+    """
+
+    def make(folder: Path) -> None:
+        progress(f"packing an initramfs with {', '.join(module.name for module in modules)}")
+        try:
+            busybox = unpack(fetch_package("busybox-static", SUITE)) / "bin" / "busybox"
+        except FetchError as error:
+            raise LabError(f"the initramfs needs busybox: {error}") from error
+        (folder / "initramfs.cpio").write_bytes(_archive(busybox, modules))
+
+    key = digest(SUITE, _INIT, *(part for module in modules for part in (module.name, module.data)))
+    return cached("initramfs", key, make) / "initramfs.cpio"
+
+
+def _archive(busybox: Path, modules: Sequence[Module]) -> bytes:
+    """A cpio archive, not compressed: the guest would pay for unpacking it."""
+    # A module, and the shell pattern of its parameters: kernels take its name in either spelling.
+    order = "".join(f"{module.name} {module.name.replace('_', '[_-]')}.*\n" for module in modules)
     members: list[tuple[str, int, bytes]] = [
         *((name, 0o040755, b"") for name in ("bin", "dev", "modules", "proc", "root")),
         ("bin/busybox", 0o100755, busybox.read_bytes()),
-        ("init", 0o100755, script.encode()),
+        ("init", 0o100755, _INIT.read_bytes()),
+        ("modules/list", 0o100644, order.encode()),
         *((f"modules/{module.name}.ko", 0o100644, module.data) for module in modules),
         ("TRAILER!!!", 0, b""),
     ]

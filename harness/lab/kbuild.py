@@ -54,7 +54,7 @@ _REPRODUCIBLE: Final = {
     "KBUILD_BUILD_VERSION": "1",
     "LC_ALL": "C",
 }
-_RECIPE: Final = "1"  # part of every kernel's key: raise it when this module builds differently
+_RECIPE: Final = "2"  # part of every kernel's key: raise it when this module builds differently
 _PROGRESS_EVERY: Final = 5.0  # seconds
 _EXHAUSTED: Final = re.compile(
     r"^.*(No space left on device|Killed signal terminated|Disk quota exceeded).*$", re.MULTILINE
@@ -114,10 +114,9 @@ def kernel_from_tree(
 def _make_entry(work: Workspace, snapshot: str, edits: Sequence[Edit], folder: Path) -> None:
     started = time.monotonic()
     changed = work.checkout(snapshot, edits)
-    image = work.make_image()
-    shutil.copyfile(image, folder / "bzImage")
-    for name in ("vmlinux", "System.map", ".config"):
-        shutil.copyfile(work.build / name, folder / name.removeprefix("."))
+    work.make_image()
+    for name in ("arch/x86/boot/bzImage", "vmlinux", "System.map", ".config"):
+        shutil.copyfile(work.build / name, folder / Path(name).name.removeprefix("."))
     work.layout_object(folder / "kvm-layout.o")
     seconds = time.monotonic() - started
     shutil.copyfile(work.log, folder / "build.log")
@@ -143,7 +142,7 @@ def _from_entry(entry: Path, key: str, work: Workspace) -> BuiltKernel:
             label=f"{about['release']} ({', '.join(names)})",
             release=about["release"],
             series=about["series"],
-            image=entry / "bzImage",
+            image=entry / "vmlinux",
             initramfs=None,
             digest=key,
             has=frozenset(about["already there"]),
@@ -212,9 +211,9 @@ class Workspace:
         return changed
 
     def make_image(self) -> Path:
-        """Build the whole kernel; the path of its bzImage. Raises BuildError, LabError."""
+        """Build the whole kernel; the path of what an emulator boots. Raises BuildError, LabError."""
         self.make("bzImage")
-        return self.build / "arch" / "x86" / "boot" / "bzImage"
+        return self.build / "vmlinux"
 
     def make(self, *targets: str) -> float:
         """Build ``targets`` of the tree's make, such as ``arch/x86/kvm/x86.o``; how long it took, in seconds.

@@ -20,10 +20,10 @@ from harness.known import load_known
 from harness.lab.bare_arbiter import Arbiter
 from harness.lab.bare_emulator import BareEmulator
 from harness.lab.cache import Progress
-from harness.lab.errors import LabError, LabInputError, LostError
+from harness.lab.errors import LabError, LabInputError, LostError, NoKvmError
 from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile, refused_instruction, write_profile
-from harness.lab.session import Cell, CellRun, reader
+from harness.lab.session import DEADLINE, Cell, CellRun, reader
 from harness.reference.machine import ReferenceMachine
 from harness.report.failure import failure_text
 from harness.report.junit import junit_report
@@ -78,6 +78,7 @@ class Options:
     fail_fast: bool = False
     machines: int = 2
     write_profile: bool = False
+    deadline: float = DEADLINE  # seconds for each cell
 
 
 def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, status: TextIO) -> CellOutcome:
@@ -133,8 +134,9 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
 
     arbiter = _Arbitration(cell)
     run = CellRun(
-        cell, plan, profile, folder, take, known=load_known(), machines=options.machines,
-        fail_fast=options.fail_fast, arbiter=arbiter, progress=line.say(progress),
+        cell, plan, profile, folder, take, known=load_known(release=cell.kernel.release), machines=options.machines,
+        fail_fast=options.fail_fast, deadline=options.deadline, arbiter=arbiter, progress=line.say(progress),
+        tick=lambda: line.update(run),
     )  # fmt: skip
     try:
         for name, id_, reason in skipped:
@@ -142,9 +144,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         if chosen:
             run.run(chosen)
         for result in profile_results(profile, run):
-            record = dict(result.to_json())
-            outcome.records.append(record)
-            journal.append(record)
+            take_profile(outcome, journal, progress, result)
         if options.write_profile and (refused - {""} or endings):
             profile = replace(profile, lacks=profile.lacks | refused - {""}, outcomes=endings)
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
@@ -152,6 +152,9 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             progress(f"{cell.name}: outcomes recorded in {path}: {len(endings)}")
         if not run.tally.total or run.tally.done >= run.tally.total or options.fail_fast:
             journal.append({"finished": True})
+    except NoKvmError as error:
+        take_profile(outcome, journal, progress, regressed("KVM", str(error)))
+        journal.append({"finished": True})
     except LabError as error:
         outcome.problem = str(error)
         journal.append({"lost": str(error)})
@@ -214,9 +217,22 @@ def profile_results(profile: Profile, run: CellRun) -> Iterator[Result]:
     if now is None:
         return
     for text in profile.lost(now):
-        yield Result(f"profile/{text.partition(':')[0].replace(' ', '-')}", "", Verdict.REGRESSED, 1, f"gone: {text}")
+        yield regressed(text.partition(":")[0], f"gone: {text}")
     for text in now.contradictions():
         yield Result(f"cpuid/{text.partition(':')[0].replace(' ', '-')}", "", Verdict.MISMATCH, 1, text)
+
+
+def take_profile(outcome: CellOutcome, journal: Journal, progress: Progress, result: Result) -> None:
+    """What a profile came to, as a record like any Case's."""
+    record = dict(result.to_json())
+    outcome.records.append(record)
+    journal.append(record)
+    progress(f"{result.verdict.value}: {result.summary}")
+
+
+def regressed(what: str, summary: str) -> Result:
+    """Something that the checked-in profile has is gone."""
+    return Result(f"profile/{what.replace(' ', '-')}", "", Verdict.REGRESSED, 1, summary)
 
 
 class StatusLine:
@@ -229,16 +245,17 @@ class StatusLine:
         self._shown = False
 
     def update(self, run: CellRun) -> None:
-        """Called at every result."""
+        """Called at every result, and several times a second."""
         now = time.monotonic()
         if now - self._last < (0.2 if self._tty else 10.0):
             return
         self._last = now
         tally = run.tally
-        text = (
-            f"{self._cell}: {tally.done}/{tally.total} cases, {tally.rate:,.0f} checks/s, "
-            f"{tally.bad} bad, {now - tally.began:.0f} s"
-        )
+        if tally.done:
+            text = f"{tally.done}/{tally.total} cases, {tally.rate:,.0f} checks/s, {tally.bad} bad"
+        else:
+            text = f"booting {tally.boots} of {run.machines} machines"
+        text = f"{self._cell}: {text}, {now - tally.began:.0f} s"
         self._stream.write(f"\r\x1b[K{text}" if self._tty else f"{text}\n")
         self._stream.flush()
         self._shown = self._tty

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import marshal
+import re
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from harness.lab import wire
 from harness.lab.boot import CONSOLE_LOG, Boot, BootSpec, How
 from harness.lab.cache import Progress, quiet
 from harness.lab.configurations import Configuration
-from harness.lab.errors import LabError, LostError
+from harness.lab.errors import LabError, LostError, NoKvmError
 from harness.lab.hardware import Emulator
 from harness.lab.image import PYTHON, Image, payload
 from harness.lab.kernel import COMMAND_LINE, Kernel
@@ -38,8 +39,14 @@ GREETING_LIMIT: Final = 180.0
 """Seconds from the start of the emulator until the runner inside speaks: silence for longer is infrastructure."""
 SILENCE_LIMIT: Final = 90.0
 """Seconds without a finished Case once the suite has begun: then the kernel hangs."""
+DEADLINE: Final = 7200.0
+"""Seconds that all the Cases of a cell may take."""
 BOOTS: Final = 8
 """Machines that one cell may lose before it is given up."""
+_PACKING: Final = threading.Lock()  # ast.parse() of CPython 3.11 can fail when two threads are in it
+_NO_KVM: Final = re.compile(r"^kvm-harness-init: (no KVM.*?)\r?$", re.MULTILINE)  # what the image's init says of it
+# Exit code without a signal: our init came to its end. One that a signal killed may be the kernel's work.
+_INIT_ENDED: Final = re.compile(r"Attempted to kill init! exitcode=0x[0-9a-f]{6}00")
 _AHEAD: Final = 2  # jobs that a runner has in hand, so that it never waits for the next
 
 
@@ -173,13 +180,15 @@ class CellRun:
         known: Sequence[KnownDivergence] = (),
         machines: int = 2,
         fail_fast: bool = False,
+        deadline: float = DEADLINE,
         arbiter: Callable[[Case, Result], Result] | None = None,
         progress: Progress = quiet,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.cell, self.plan, self.profile, self.folder = cell, plan, profile, folder
-        self._take, self._machines, self._fail_fast, self._progress = take, machines, fail_fast, progress
+        self._take, self.machines, self._fail_fast, self._progress = take, machines, fail_fast, progress
         self._judge = Judge(profile, known) if profile is not None else None
-        self._arbiter = arbiter
+        self._arbiter, self._deadline, self._tick = arbiter, deadline, tick
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
         self._retried: set[int] = set()
@@ -204,14 +213,18 @@ class CellRun:
         assert self.plan is not None
         self._jobs = jobs(self.plan, chosen)
         self.tally.total = sum(len(j.indices) for j in self._jobs)
-        count = max(1, min(self._machines, len(self._jobs)))
-        threads = [threading.Thread(target=self._worker, args=(n,), daemon=True) for n in range(count)]
+        self.machines = max(1, min(self.machines, len(self._jobs)))
+        threads = [threading.Thread(target=self._worker, args=(n,), daemon=True) for n in range(self.machines)]
         for thread in threads:
             thread.start()
+        late = False
         try:
             while any(t.is_alive() for t in threads):
                 for thread in threads:
                     thread.join(0.2)
+                self._tick()
+                late = late or time.monotonic() - self.tally.began > self._deadline
+                self._stop = self._stop or late
         except BaseException:
             self._stop = True
             for thread in threads:
@@ -219,6 +232,11 @@ class CellRun:
             raise
         if self._problem is not None:
             raise self._problem
+        if late and self.tally.done < self.tally.total:
+            raise LostError(
+                f"{self.cell.name}: the deadline of {self._deadline / 60:g} minutes passed; "
+                f"{self.tally.done} of {self.tally.total} Cases were run: give more time with --deadline"
+            )
 
     # --- a machine and its thread ---
 
@@ -237,7 +255,8 @@ class CellRun:
             boot_number = self.tally.boots
         if boot_number > BOOTS:
             raise LostError(f"{self.cell.name}: {BOOTS} machines were lost; given up. Consoles: {self.folder}")
-        disks = [runner_payload(self._progress)]
+        with _PACKING:
+            disks = [runner_payload(self._progress)]
         if self.plan is not None:
             disks.append(self.plan.path)
         folder = self.folder / f"boot-{boot_number}"
@@ -367,7 +386,7 @@ class _Machine:
                 case "done":
                     self._order(boot)
                 case "no-kvm":
-                    raise LabError(f"{run.cell.name}: {rest}; console: {self.folder / CONSOLE_LOG}")
+                    raise self._no_kvm(rest)
                 case "fault":
                     raise LabError(f"{run.cell.name}: the runner failed:\n{json.loads(rest)}")
                 case _:
@@ -376,6 +395,13 @@ class _Machine:
                 ended = True
                 boot.send(wire.CHANNEL, b'{"end": true}\n')
         self._after(boot)
+
+    def _no_kvm(self, text: str) -> LabError:
+        """Whose fault it is: the kernel's, unless the processor that we gave it has no virtualization."""
+        console = self.folder / CONSOLE_LOG
+        said = _NO_KVM.findall(console.read_bytes().decode(errors="replace"))
+        kind = LabError if any("neither svm nor vmx" in line for line in said) else NoKvmError
+        return kind(f"{self.run.cell.name}: {'; '.join(said) or f'no KVM in this kernel: {text}'}; console: {console}")
 
     def _lines(self, boot: Boot) -> Iterable[bytes]:
         waited = 0.0
@@ -437,11 +463,12 @@ class _Machine:
             boot.kill()
         console = self.folder / CONSOLE_LOG
         log = console.read_bytes()[self.boot_log :].decode(errors="replace") if console.exists() else ""
-        splats = find_splats(log)
+        splats = [splat for splat in find_splats(log) if not _INIT_ENDED.search(splat.title)]
         index = self._running()
         if not self.begun or index is None:
-            title = f": {splats[0].title}" if splats else ""
-            raise LostError(f"{run.cell.name}: {error or 'silence'} before the suite began{title}; console: {console}")
+            told = [str(error) or "silence"]
+            told += [splat.title for splat in splats[:1] if splat.title not in told[0]]
+            raise LostError(f"{run.cell.name}: before the suite began: {'; '.join(told)}; console: {console}")
         job = self.hand[0]
         what = splats[0].title if splats else f"the kernel fell silent for {SILENCE_LIMIT:g} s" if hung else ""
         if not job.careful:  # which of the last Cases it was, a second run tells

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from harness.kernels import KernelRange
 from harness.lab.boot import Boot, How
 from harness.lab.bootspec import BootSpec
-from harness.lab.edits import EDITS, MUTANTS, Edit, edited, load_all, named
+from harness.lab.bzimage import release_of as release_in
+from harness.lab.bzimage import vmlinux_of
+from harness.lab.configurations import configuration
+from harness.lab.edits import EDITS, MUTANTS, Change, Edit, edited, load_all, named
 from harness.lab.hardware import pinned_qemu
+from harness.lab.image import base_image
 from harness.lab.kbuild import BuiltKernel, kernel_from_tree, workspace
 from harness.lab.kernel import COMMAND_LINE
-from harness.lab.ksource import debian_source, release_of
+from harness.lab.ksource import debian_source, private_copy, release_of
+from harness.lab.run import Options, run_cell
+from harness.lab.session import Cell
 
 ALL = {**load_all(EDITS), **load_all(MUTANTS)}
 
@@ -41,9 +53,10 @@ def test_tree_takes_the_whole_configuration(built: BuiltKernel) -> None:
 
 
 def test_image_is_what_it_says(built: BuiltKernel) -> None:
-    image = built.kernel.image.read_bytes()
-    assert image[0x202:0x206] == b"HdrS"  # Documentation/arch/x86/boot.rst
-    assert f"{built.kernel.release} (kvm-harness@lab)".encode() in image
+    bzimage = built.kernel.image.with_name("bzImage")
+    assert release_in(bzimage) == built.kernel.release
+    assert f"{built.kernel.release} (kvm-harness@lab)".encode() in bzimage.read_bytes()
+    assert vmlinux_of(bzimage)[:4] == built.kernel.image.read_bytes()[:4] == b"\x7fELF"
     assert built.kernel.series == "7.3"
 
 
@@ -133,3 +146,58 @@ def test_apx_is_offered_with_the_edit(source: Path, tmp_path: Path) -> None:
     with Boot(spec, tmp_path) as boot:
         boot.wait(60)
     assert "'APX registers'" in (tmp_path / "console.log").read_text(errors="replace")
+
+
+# --- kernels that are broken
+
+
+WARNS = Edit(
+    "warns-at-a-leaf",
+    "KVM warns when a guest executes CPUID with leaf 80000004H, and says nothing of KVM_CAP_NOP_IO_DELAY",
+    KernelRange.parse("7.2.."),
+    (
+        Change(
+            "arch/x86/kvm/cpuid.c", "ecx = kvm_ecx_read(vcpu);", "before", "WARN_ON_ONCE(eax == 0x80000004);",
+            "kvm_emulate_cpuid",
+        ),
+        Change("arch/x86/kvm/x86.c", "case KVM_CAP_NOP_IO_DELAY:", "replace", "", "kvm_vm_ioctl_check_extension"),
+    ),
+)  # fmt: skip
+
+
+def test_a_warning_is_blamed_on_the_cases_that_cause_it_and_a_lost_capability_is_regressed(
+    source: Path, tmp_path: Path
+) -> None:
+    kernel = kernel_from_tree(source, edits=[WARNS], progress=print).kernel
+    cell = Cell(configuration("svm"), kernel, pinned_qemu(print), base_image(print))
+    outcome = run_cell(cell, tmp_path, Options("full", "msr/cpuid_8000000"), print, io.StringIO())
+    assert (outcome.status, outcome.problem) == (1, "")
+    verdicts: dict[str, set[str]] = {}
+    for record in outcome.records:
+        verdicts.setdefault(record["verdict"], set()).add(record["case"])
+    cases = {r["case"] for r in outcome.records if r["case"].startswith("msr/")}
+    guilty = {name for name in cases if name.startswith("msr/cpuid_80000004@")}
+    assert len(guilty) > 5
+    assert verdicts["splat"] == guilty
+    assert verdicts["agree"] == cases  # what a Case shows is right all the same
+    assert verdicts["regressed"] == {"profile/capability-KVM_CAP_NOP_IO_DELAY"}
+    assert {r["summary"] for r in outcome.records if r["verdict"] == "regressed"} == {
+        "gone: capability KVM_CAP_NOP_IO_DELAY"
+    }
+
+
+def test_a_tree_that_does_not_compile_is_named_with_the_compilers_words(source: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "linux"
+    shutil.copytree(source, tree, copy_function=os.link, symlinks=True)
+    broken = tree / "include" / "linux" / "kernel.h"  # the first file that is compiled includes it
+    text = broken.read_text()
+    broken.unlink()
+    broken.write_text(text + "\nint kvm_harness_test(void) { return undeclared; }\n")
+    command = [sys.executable, "-m", "harness", "lab", "run", "--tree", str(tree), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shutil.rmtree(private_copy(tree).folder)
+    assert done.returncode == 2, done.stderr
+    assert f"{tree} does not build" in done.stderr
+    assert "include/linux/kernel.h" in done.stderr
+    assert "undeclared" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,24 +1,30 @@
 """The suite in the lab, on Debian's stock kernel: it agrees, and every way to lose a machine ends as it should."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from harness.journal import read_run
+from harness.lab.cache import area
 from harness.lab.configurations import configuration
 from harness.lab.errors import LabError, LostError
 from harness.lab.hardware import pinned_qemu
 from harness.lab.image import base_image
+from harness.lab.initramfs import initramfs, modules_to_load
 from harness.lab.kernel import debian_kernel
 from harness.lab.planner import cell_plan
 from harness.lab.profile import load_profile
+from harness.lab.run import Options, run_cell
 from harness.lab.session import Cell, CellRun, runner_payload
 from harness.verdict import Verdict
 
@@ -92,14 +98,98 @@ def test_a_selection_of_nothing_is_not_0(tmp_path):
 
 def test_a_kernel_that_panics_at_boot_is_lost(cell, plan, profile, tmp_path):
     broken = replace(cell.configuration, parameters=("init=/nonexistent", "rdinit=/nonexistent"))
-    with pytest.raises(LostError, match="before the suite began"):
+    with pytest.raises(LostError, match=r"before the suite began.*panic"):
         run(replace(cell, configuration=broken), plan, profile, tmp_path)
 
 
-def test_a_kernel_whose_kvm_does_not_load_is_lost(cell, plan, profile, tmp_path):
+def test_a_kernel_that_finds_no_root_is_lost_and_says_so(cell, plan, profile, tmp_path):
+    without = replace(cell.kernel, initramfs=None)  # stock kernels have virtio and squashfs as modules
+    with pytest.raises(LostError, match=r"before the suite began: .*panic.*Unable to mount root"):
+        run(replace(cell, kernel=without), plan, profile, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def modules(cell):
+    """The /lib/modules/<release> of the cell's kernel."""
+    found = [p.parent for p in area("kernel").rglob("modules.builtin") if p.parent.name == cell.kernel.release]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_a_kernel_without_squashfs_is_refused(modules, tmp_path):
+    lesser = tmp_path / "modules"
+    shutil.copytree(modules, lesser, ignore=shutil.ignore_patterns("squashfs.ko*", "virtio_blk.ko*"))
+    done = lab("--kernel", str(next(modules.parent.rglob("vmlinuz"))), "--modules", str(lesser))
+    assert done.returncode == 2
+    assert "has no virtio_blk, no squashfs, neither built in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_kernel_without_kvm_is_regressed(cell, modules, tmp_path):
+    lesser = initramfs([m for m in modules_to_load(modules) if not m.name.startswith("kvm")])
+    without = replace(cell, kernel=replace(cell.kernel, initramfs=lesser))
+    said = []
+    outcome = run_cell(without, tmp_path, Options("smoke"), said.append, io.StringIO())
+    assert (outcome.status, outcome.problem) == (1, "")
+    assert [r["verdict"] for r in outcome.records] == ["regressed"]
+    assert any("no KVM: this kernel made no /dev/kvm (the processor has svm)" in line for line in said)
+
+
+def test_a_processor_without_virtualization_is_lost(cell, plan, profile, tmp_path):
     without = replace(cell.configuration, cpu="max,-svm")
-    with pytest.raises(LabError, match="/dev/kvm"):
+    with pytest.raises(LabError, match=r"no /dev/kvm .the processor has neither svm nor vmx") as error:
         run(replace(cell, configuration=without), plan, profile, tmp_path)
+    assert error.value.status == 4
+
+
+def test_an_emulator_that_is_not_there_is_lost_and_says_what_to_do(cell, plan, profile, tmp_path):
+    gone = replace(cell, emulator=replace(cell.emulator, binary=tmp_path / "qemu-system-x86_64"))
+    with pytest.raises(LostError, match="is not there: run `kvm-harness lab build`"):
+        run(gone, plan, profile, tmp_path)
+
+
+def test_a_cell_that_is_not_through_at_its_deadline_is_lost_and_keeps_what_came(cell, plan, profile, tmp_path):
+    results = Results()
+    late = CellRun(cell, plan, profile, tmp_path, results, machines=1)
+    late._take = lambda result, allowed: (results(result, allowed), setattr(late, "_deadline", 0.0))
+    with pytest.raises(LostError, match=r"deadline of 0 minutes passed; .* Cases were run: give more time"):
+        late.run(range(len(plan.names)))
+    assert 0 < len(results) < len(plan.names)
+    assert results.verdicts == {Verdict.AGREE}
+
+
+def test_an_empty_cache_without_a_network_says_what_to_do(tmp_path):
+    nowhere = {"KVM_HARNESS_CACHE": str(tmp_path), "KVM_HARNESS_DEBIAN_MIRROR": "http://127.0.0.1:9/debian"}
+    done = lab("--debian", SERIES, "--tier", "smoke", env={**os.environ, **nowhere})
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "127.0.0.1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_said_and_what_fitted_is_readable(small_disk):
+    done = lab("--debian", SERIES, "--tier", "smoke", "--out", str(small_disk / "out"))
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(read_run(small_disk / "out").records) > 10
+
+
+def test_two_runs_at_once_do_not_meet(tmp_path):
+    words = [*HARNESS, "lab", "run", "--debian", SERIES, "-k", FEW, "--machines", "1", "--out"]
+    both = [subprocess.Popen([*words, tmp_path / n], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for n in "ab"]
+    texts = [process.communicate(timeout=600)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    counts = [len(read_run(tmp_path / n).records) for n in "ab"]
+    assert counts[0] == counts[1] > 100
 
 
 def emulators(parent):
@@ -157,12 +247,16 @@ WARNING: CPU: 0 PID: 1 at arch/x86/kvm/regs.h:12 kvm_read_cr0+0x1/0x2 [kvm]
 ---[ end trace 0000000000000000 ]---"""
 
 
-def with_start(monkeypatch, lines):
-    """Payloads whose start script does ``lines`` in the background, ten seconds on."""
-    script = b"#!/bin/sh\n(sleep 10; " + lines.encode() + b") &\n"
-    script += b"PYTHONPATH=/payload exec /usr/bin/python3 -S -s -B -m harness.lab.agent\n"
-    made = runner_payload(start=script)
-    monkeypatch.setattr("harness.lab.session.runner_payload", lambda progress: made)
+AFTER: Final = 'until [ "$(cat /sys/kernel/debug/kvm/exits)" -gt 300 ]; do sleep 0.1; done; '
+"""Shell that waits until guests have run: the suite has begun."""
+
+
+def with_start(monkeypatch, lines, *, once=False):
+    """Payloads whose start script does ``lines`` beside the runner, once the suite has begun; $agent is the runner."""
+    script = "#!/bin/sh\nagent=$$\n(" + AFTER + lines + ") &\n"
+    script += "PYTHONPATH=/payload exec /usr/bin/python3 -S -s -B -m harness.lab.agent\n"
+    disks = [runner_payload(start=script.encode()), *([runner_payload()] if once else [])]
+    monkeypatch.setattr("harness.lab.session.runner_payload", lambda progress: disks.pop(0) if disks[1:] else disks[0])
 
 
 def test_a_warning_of_the_kernel_is_blamed_on_one_case(cell, plan, profile, tmp_path, monkeypatch):
@@ -171,16 +265,40 @@ def test_a_warning_of_the_kernel_is_blamed_on_one_case(cell, plan, profile, tmp_
     splats = [r for r in results if r.verdict is Verdict.SPLAT]
     assert len(splats) == 1
     assert "kvm_read_cr0" in splats[0].summary
+    assert len(results) == len(plan.names) + 1  # the Case has a verdict of its own, too
 
 
 def test_a_panic_in_the_suite_is_the_kernels_and_the_rest_still_runs(cell, plan, profile, tmp_path, monkeypatch):
-    with_start(monkeypatch, "[ -e /tmp/once ] || echo c > /proc/sysrq-trigger")
-    results = Results()
-    with pytest.raises(LostError, match="machines were lost"):  # every machine panics ten seconds on
-        CellRun(cell, plan, profile, tmp_path, results, machines=1).run(range(len(plan.names)))
-    assert Verdict.SPLAT in results.verdicts
-    assert any("panic" in r.summary.lower() for r in results if r.verdict is Verdict.SPLAT)
-    assert sum(r.verdict is Verdict.AGREE for r in results) > 100
+    with_start(monkeypatch, "echo c > /proc/sysrq-trigger", once=True)
+    results = run(cell, plan, profile, tmp_path, len(plan.names))
+    splats = [r for r in results if r.verdict is Verdict.SPLAT]
+    assert len(splats) == 1
+    assert "panic" in splats[0].summary.lower()
+    assert {r.name for r in results} == set(plan.names)
+
+
+def test_machines_that_panic_over_and_over_are_given_up(cell, plan, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.lab.session.BOOTS", 2)
+    with_start(monkeypatch, "echo c > /proc/sysrq-trigger")
+    with pytest.raises(LostError, match="2 machines were lost; given up"):
+        run(cell, plan, profile, tmp_path, len(plan.names))
+
+
+def test_a_runner_that_is_killed_costs_a_machine_and_no_verdict(cell, plan, profile, tmp_path, monkeypatch):
+    with_start(monkeypatch, "kill -9 $agent", once=True)
+    results = run(cell, plan, profile, tmp_path, 600)
+    assert [r.name for r in results] == list(plan.names[:600])
+    assert results.verdicts <= {Verdict.AGREE, Verdict.KNOWN, Verdict.SUSPECT}
+    assert len(list(tmp_path.glob("boot-*"))) == 2
+
+
+def test_a_kernel_that_falls_silent_in_the_suite_is_the_kernels_defect(cell, plan, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.lab.session.SILENCE_LIMIT", 10.0)
+    with_start(monkeypatch, "kill -STOP $agent", once=True)
+    results = run(cell, plan, profile, tmp_path, 600)
+    splats = [r for r in results if r.verdict is Verdict.SPLAT]
+    assert len(splats) == 1
+    assert "fell silent for 10 s" in splats[0].summary
 
 
 def test_what_a_profile_has_and_the_kernel_lacks_is_regressed(cell, profile, tmp_path):

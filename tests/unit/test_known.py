@@ -1,17 +1,22 @@
 """Known divergences excuse exactly what their row names, and nothing beside it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from harness.case import Blob, Case, Memory, Observation, Step
 from harness.cpuid import CpuProfile
 from harness.exits import Debug, Halt, Io, Timeout
+from harness.judge import Judge
+from harness.kernels import KernelRange
 from harness.known import FILE, KnownDivergence, KnownError, load_known
 from harness.lockstep import Difference, compare_registers
 from harness.machine import MemoryDiff
 from harness.modes import CODE_BASE, DATA_BASE, STUBS, setup
+from harness.runner import Finding
 from harness.state import pack_sections
+from harness.verdict import Verdict
 
 ROOT = FILE.parent
 
@@ -77,6 +82,39 @@ def test_a_row_covers_its_cases_on_its_hosts():
     assert not known.covers("fault/int_80@long#0", "kvm_pvm")
 
 
+def test_a_row_holds_on_its_kernels():
+    everywhere, old, new = (
+        replace(row("timeout"), kernels=text and KernelRange.parse(text)) for text in (None, "6.1..6.2", "7.2..")
+    )
+    assert [r.on("6.1.0-50-cloud-amd64") for r in (everywhere, old, new)] == [True, True, False]
+    assert [r.on("6.12.95+deb12-cloud-amd64") for r in (everywhere, old, new)] == [True, False, False]
+    assert [r.on("7.3.4") for r in (everywhere, old, new)] == [True, False, True]
+
+
+def test_kernels_of_a_row_are_read_and_chosen_by(tmp_path):
+    path = tmp_path / "known.toml"
+    text = (
+        '[[divergence]]\nname = "n"\ncases = ["*"]\nmodule = ["*"]\nregister = []\nwrong = "timeout"\nwhy = "w"\n'
+        'reproducer = "r"\nreference = "f"\nkernels = "6.1..6.2"\n'
+    )
+    path.write_text(text)
+    assert [r.name for r in load_known(path)] == ["n"]
+    assert [r.name for r in load_known(path, "6.1.0-50-cloud-amd64")] == ["n"]
+    assert load_known(path, "7.3.4") == ()
+    path.write_text(text.replace("6.1..6.2", "before 6.3"))
+    with pytest.raises(KnownError, match=r"write 6.1, 6.1..6.12 or 7.2.."):
+        load_known(path)
+
+
+def test_what_shows_only_sometimes_is_never_healed():
+    case = case_of("cd40f4")
+    limits = SimpleNamespace(outcomes={}, module="kvm_amd", unsupported=lambda case: "", excuse=lambda *_: "")
+    clean = Finding(1, None, "", "", 0, 0.0)
+    for sometimes, verdict in ((False, Verdict.HEALED), (True, Verdict.AGREE)):
+        rows = [replace(row("past-int"), sometimes=sometimes)]
+        assert Judge(limits, rows).judge(case, clean, lambda gpa, size: b"").verdict is verdict
+
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +156,23 @@ def test_memory_that_was_not_written_holds_what_it_held():
     assert row("not-written").explains(case, differing(case, both, both, [old]))
     other = MemoryDiff(DATA_BASE, b"\0\0\0\0", b"\x77\x78\0\x77")
     assert not row("not-written").explains(case, differing(case, both, both, [other]))
+
+
+def test_a_saved_rip_past_an_int_n():
+    case = case_of("cd40f4")
+    both = seen(case, Halt())
+    want = CODE_BASE.to_bytes(8, "little") + b"\x63" + bytes(7)
+
+    def explains(got, case=case, **values):
+        found = differing(case, both, seen(case, Halt(), **values), [MemoryDiff(DATA_BASE, want, got)])
+        return row("past-int").explains(case, found)
+
+    past = (CODE_BASE + 2).to_bytes(8, "little") + want[8:]
+    assert explains(past)
+    assert not explains((CODE_BASE + 1).to_bytes(8, "little") + want[8:])
+    assert not explains(past[:8] + b"\x64" + bytes(7))
+    assert not explains(past, rax=5)
+    assert not explains(past, case=case_of("9090f4"))
 
 
 # --- single steps ---------------------------------------------------------------------------------------------------
