@@ -109,4 +109,5 @@ class _WorkTree:
         if len(shown) > _REJECT_LINES:
             lines.append(f"  ... and {len(shown) - _REJECT_LINES} more lines")
         hint = "give --base the commit that the series was made on (its `base-commit:` line), or a rebased series"
-        return ApplyError("\n".join([f"{mbox}: mail {number} of {last} does not apply: {subject}", words, *lines, hint]))
+        head = f"{mbox}: mail {number} of {last} does not apply: {subject}"
+        return ApplyError("\n".join([head, words, *lines, hint]))
