@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from harness.lab.plan import PlanReader
+from harness.lab.trace import FunctionProfile
 from harness.lab.wire import CHANNEL, PLAN_DISK, finding_json
 from harness.machine import KvmMachine, Recording
 from harness.runner import Finding, execute
@@ -85,6 +86,7 @@ class Agent:
         self._lines: TextIO = os.fdopen(os.dup(fd), "r", buffering=1)
         self._plan: PlanReader | None = None
         self._log = KernelLog()
+        self._trace: FunctionProfile | None = None
         self._later: list[str] = []
         self._said = 0.0
 
@@ -115,7 +117,12 @@ class Agent:
             for line in self._lines:
                 order = json.loads(line)
                 if order.get("end"):
+                    if self._trace is not None:
+                        self.say(f"executed {json.dumps(self._trace.result())}")
                     break
+                if "trace" in order:
+                    self._trace = FunctionProfile()
+                    self._trace.start(order["trace"])
                 if order.get("probe"):
                     self.say(f"probed {json.dumps(_probe(kvm))}")
                 if "job" in order:

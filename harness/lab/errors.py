@@ -17,5 +17,9 @@ class LabInputError(LabError):
     status = BAD_INPUT
 
 
+class NoKvmError(LabError):
+    """The kernel under test has booted, and has no KVM that can be used."""
+
+
 class LostError(LabError):
     """The machine under our kernel died, or fell silent before the suite began."""

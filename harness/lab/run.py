@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -24,6 +25,7 @@ from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile, refused_instruction, write_profile
 from harness.lab.session import Cell, CellRun, reader
 from harness.reference.machine import ReferenceMachine
+from harness.report.emit_c import EmitError, emit_c
 from harness.report.failure import failure_text
 from harness.report.junit import junit_report
 from harness.report.ktap import ktap_report
@@ -67,13 +69,20 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class Options:
-    """How cells are run."""
+    """How cells are run.
+
+    ``only``: names of Cases, of those that ``select`` leaves; all if empty. ``trace``: names of kernel functions; the
+    journal tells which of them were called. ``header``: goes into the journal's first line.
+    """
 
     tier: str = "full"
     select: str | None = None
     fail_fast: bool = False
     machines: int = 2
     write_profile: bool = False
+    only: frozenset[str] = frozenset()
+    trace: tuple[str, ...] = ()
+    header: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, status: TextIO) -> CellOutcome:
@@ -88,7 +97,12 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: profile written to {path}")
     plan = cell_plan(cell.configuration, profile, options.tier, progress)
-    selects = matcher(options.select or "")
+    matches = matcher(options.select or "")
+    only = options.only
+
+    def selects(name: str) -> bool:
+        return (not only or name in only) and matches(name)
+
     chosen = [n for n, name in enumerate(plan.names) if selects(name)]
     skipped = [s for s in plan.skipped if selects(s[0])]
     if not chosen and not skipped:
@@ -96,7 +110,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     header = {
         "host": f"Linux {cell.kernel.release} in {cell.emulator.name} ({cell.accel})", "device": "lab",
         "cell": cell.name, "configuration": cell.configuration.name, "kernel": cell.kernel.label,
-        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key,
+        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key, "chosen": len(chosen) + len(skipped),
+        **options.header,
     }  # fmt: skip
     journal = Journal(folder, header)
     line = StatusLine(cell.name, status)
@@ -115,6 +130,9 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             kept = folder / CASES_FOLDER / f"{case.id}.json"
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(json.dumps(case.to_json()))
+            if shown < _SHOWN and result.difference is not None:
+                with suppress(EmitError):
+                    kept.with_suffix(".c").write_text(emit_c(case, result.difference, header["host"]))
             if (shown := shown + 1) <= _SHOWN:
                 line.clear()
                 text = result.summary
@@ -126,7 +144,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     arbiter = _Arbitration(cell)
     run = CellRun(
         cell, plan, profile, folder, take, known=load_known(), machines=options.machines,
-        fail_fast=options.fail_fast, arbiter=arbiter, progress=line.say(progress),
+        fail_fast=options.fail_fast, arbiter=arbiter, trace=options.trace, progress=line.say(progress),
     )  # fmt: skip
     try:
         for name, id_, reason in skipped:
@@ -135,15 +153,19 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             run.run(chosen)
         for text in regressions(profile, run):
             take_profile(outcome, journal, text)
+        if run.probed is not None:
+            journal.append({"probed": run.probed.to_json()})
+        if options.trace:
+            journal.append({"executed": run.executed, "machines": run.tally.boots})
         if options.write_profile and refused - {""}:
             profile = replace(profile, lacks=profile.lacks | refused - {""})
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: instructions that its emulator lacks added to {path}: {', '.join(sorted(refused))}")
         if not run.tally.total or run.tally.done >= run.tally.total or options.fail_fast:
-            journal.append({"finished": True})
+            journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})
     except LabError as error:
         outcome.problem = str(error)
-        journal.append({"lost": str(error)})
+        journal.append({"lost": str(error), "error": type(error).__name__})
     finally:
         line.clear()
         arbiter.close()

@@ -23,7 +23,7 @@ from harness.lab import wire
 from harness.lab.boot import CONSOLE_LOG, Boot, BootSpec, How
 from harness.lab.cache import Progress, quiet
 from harness.lab.configurations import Configuration
-from harness.lab.errors import LabError, LostError
+from harness.lab.errors import LabError, LostError, NoKvmError
 from harness.lab.hardware import Emulator
 from harness.lab.image import PYTHON, Image, payload
 from harness.lab.kernel import COMMAND_LINE, Kernel
@@ -159,7 +159,8 @@ class Tally:
 class CellRun:
     """Runs the Cases of a plan on a cell, on ``machines`` boots side by side. Results go to ``take`` as they arrive.
 
-    Each boot leaves its console in a folder of its own under ``folder``. Not to be used twice.
+    Each boot leaves its console in a folder of its own under ``folder``. ``trace`` are names of kernel functions of
+    which :attr:`executed` is to tell whether they were called. Not to be used twice.
     """
 
     def __init__(
@@ -174,12 +175,15 @@ class CellRun:
         machines: int = 2,
         fail_fast: bool = False,
         arbiter: Callable[[Case, Result], Result] | None = None,
+        trace: Sequence[str] = (),
         progress: Progress = quiet,
     ) -> None:
         self.cell, self.plan, self.profile, self.folder = cell, plan, profile, folder
         self._take, self._machines, self._fail_fast, self._progress = take, machines, fail_fast, progress
         self._judge = Judge(profile, known) if profile is not None else None
         self._arbiter = arbiter
+        self.trace = trace
+        self.executed: list[Mapping[str, Any]] = []  # of each machine that came to its end, if there is a ``trace``
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
         self._retried: set[int] = set()
@@ -345,6 +349,8 @@ class _Machine:
                     if run.plan is None or run.greeted(hello):
                         run.hello = hello
                         boot.send(wire.CHANNEL, b'{"probe": true}\n')
+                    if run.trace:
+                        boot.send(wire.CHANNEL, json.dumps({"trace": list(run.trace)}).encode() + b"\n")
                     for _ in range(_AHEAD):
                         self._order(boot)
                     self.begun = bool(self.hand)
@@ -367,8 +373,10 @@ class _Machine:
                         run.splat(int(text), found[0].title)
                 case "done":
                     self._order(boot)
+                case "executed":
+                    run.executed.append(json.loads(rest))
                 case "no-kvm":
-                    raise LabError(f"{run.cell.name}: {rest}; console: {self.folder / CONSOLE_LOG}")
+                    raise NoKvmError(f"{run.cell.name}: {rest}; console: {self.folder / CONSOLE_LOG}")
                 case "fault":
                     raise LabError(f"{run.cell.name}: the runner failed:\n{json.loads(rest)}")
                 case _:
