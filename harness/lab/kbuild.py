@@ -119,8 +119,7 @@ def kernel_from_tree(
     """
     with workspace(tree, variant=variant, progress=progress, jobs=jobs) as work:
         snapshot = work.copy.snapshot(revision)
-        fragments = [_CONFIGS / name for name in _FRAGMENTS[variant]]
-        key = digest(_RECIPE, snapshot, variant, *fragments, *(edit.digest for edit in edits), toolchain())
+        key = kernel_key(snapshot, variant, edits)
         fresh = False
 
         def make(folder: Path) -> None:
@@ -138,6 +137,12 @@ def kernel_from_tree(
         entry = cached("kernels", key, make)
         kept = cached(keep.kind, digest(key, keep.version), make_kept) if keep is not None else None
     return replace(_from_entry(entry, key, work), kept=kept)
+
+
+def kernel_key(snapshot: str, variant: Variant, edits: Sequence[Edit]) -> str:
+    """What a kernel is found by in the cache: all that it is made from. ``snapshot``: PrivateCopy.snapshot()'s."""
+    fragments = [_CONFIGS / name for name in _FRAGMENTS[variant]]
+    return digest(_RECIPE, snapshot, variant, *fragments, *(edit.digest for edit in edits), toolchain())
 
 
 def _make_entry(work: Workspace, snapshot: str, edits: Sequence[Edit], folder: Path) -> None:
