@@ -1,7 +1,7 @@
 """Is it the same code? Every allocated section of every object of two builds of a kernel, one against the other.
 
-:func:`record` reads a build directory, :func:`compare` two records. Builds overwrite each other, so a record is kept: it
-goes to JSON and back, and helps the next one: objects that have not changed since are not read again.
+:func:`record` reads a build directory, :func:`compare` two records. Builds overwrite each other, so a record is kept:
+it goes to JSON and back, and helps the next one: objects that have not changed since are not read again.
 
 Equal means equal for this configuration and compiler: the same instructions and data, referring to the same things.
 What does not count, and why:
@@ -27,6 +27,7 @@ function they are about, and only if that function is otherwise the same.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.series.difference import Difference, Pair, Rename, compare_objects
-from harness.series.normal import OF, ObjectRecord, record_object, whole_file
+from harness.series.normal import OF, Item, ObjectRecord, record_object, whole_file
 from harness.series.objects import BuiltObject, built_objects
 
 _FORMAT: Final = 1  # of the JSON form: raise it when the normal form changes
@@ -49,6 +50,35 @@ class CodeRecord:
     objects: Mapping[str, ObjectRecord]
     compiler: str
     configuration: str
+
+    def users(self, file: str, symbol: str) -> tuple[str, ...]:
+        """The functions that refer to a data object, themselves or by way of other data."""
+        found: set[str] = set()
+        seen, queue = {(file, symbol)}, [(file, symbol)]
+        for here in queue:  # which grows
+            for user in self._referrers.get(here, ()):
+                file, item = user
+                if item.kind == "function":
+                    found.add(item.owner)
+                elif (file, item.key) not in seen:
+                    seen.add((file, item.key))
+                    queue.append((file, item.key))
+        return tuple(sorted(found))
+
+    @cached_property
+    def _referrers(self) -> dict[tuple[str, str], list[tuple[str, Item]]]:
+        """By (file, symbol): which items refer to it, and the files they are in."""
+        shared = {item.key: file for file, o in self.objects.items() for item in o.items if item.shared}
+        found: dict[tuple[str, str], list[tuple[str, Item]]] = defaultdict(list)
+        for file, record in self.objects.items():
+            own = {item.key for item in record.items}
+            for item in record.items:
+                for target in item.targets if item.kind in ("function", "data") else ():
+                    if target in own:
+                        found[file, target].append((file, item))
+                    elif target in shared:
+                        found[shared[target], target].append((file, item))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """For :meth:`from_json`."""
@@ -101,9 +131,9 @@ class CodeChange:
     def functions(self) -> tuple[str, ...]:
         """Functions of the new build that are not as they were; also those whose table entries are not."""
         names = {
-            d.symbol.partition(OF)[2] if d.kind == "table" else d.symbol
+            d.symbol.partition(OF)[2].partition("#")[0] or d.symbol
             for d in (*self.changed, *self.grew, *self.shrank, *self.added)
-            if d.kind in ("function", "table")
+            if d.kind in ("function", "table") or d.symbol.startswith(".")
         }
         return tuple(sorted(names))
 
@@ -148,7 +178,7 @@ def record(build: Path, known: CodeRecord | None = None) -> CodeRecord:
     """
     build = build.absolute()
     before = known.objects if known else {}
-    objects = {built.name: _record_one(built, before.get(built.name)) for built in built_objects(build)}
+    objects = {built.name: _record_one(build, built, before.get(built.name)) for built in built_objects(build)}
     config = (build / ".config").read_text()
     compiler = re.search(r'^CONFIG_CC_VERSION_TEXT="(.*)"$', config, re.MULTILINE)
     chosen = "\n".join(line for line in config.splitlines() if line.startswith("CONFIG_"))
@@ -166,12 +196,10 @@ def compare(old: CodeRecord, new: CodeRecord) -> CodeChange:
         found += [*differences, *(d._replace(moved=True) for d in strict)]
         renamed += renames
         moved += moves
-    for side, other in ((old, new), (new, old)):
-        for name in side.objects.keys() - other.objects.keys():
-            for item in side.objects[name].items:
-                sizes = (item.size, None) if side is old else (None, item.size)
-                if item.kind in ("function", "data", "file"):
-                    found.append(Difference(name, item.key, item.kind, item.section, *sizes))
+    found += _whole_objects(old, new)
+    if [pair.file for pair in pairs] != [name for name in new.objects if name in old.objects]:
+        found.append(Difference("vmlinux", "order of objects", "link", "", 0, 0, moved=True))
+    found = [d._replace(users=new.users(d.file, d.symbol)) if d.kind == "data" else d for d in found]
     return CodeChange(
         objects=len(old.objects.keys() | new.objects.keys()),
         changed=tuple(d for d in found if d.old_size == d.new_size),
@@ -185,13 +213,25 @@ def compare(old: CodeRecord, new: CodeRecord) -> CodeChange:
     )
 
 
-def _record_one(built: BuiltObject, before: ObjectRecord | None) -> ObjectRecord:
+def _whole_objects(old: CodeRecord, new: CodeRecord) -> Iterator[Difference]:
+    """All that is in objects that only one of the builds has."""
+    for name, record in old.objects.items():
+        for item in record.items if name not in new.objects else ():
+            if item.kind not in ("table", "section"):
+                yield Difference(name, item.key, item.kind, item.section, item.size, None)
+    for name, record in new.objects.items():
+        for item in record.items if name not in old.objects else ():
+            if item.kind not in ("table", "section"):
+                yield Difference(name, item.key, item.kind, item.section, None, item.size)
+
+
+def _record_one(build: Path, built: BuiltObject, before: ObjectRecord | None) -> ObjectRecord:
     if before is not None and not built.sources:
         status = built.path.stat()
         if before.stamp == (status.st_size, status.st_mtime_ns):
             return before
     if built.as_it_is:
-        return whole_file(built.path, "file", *built.sources)
+        return whole_file(built.path, *built.sources, without=str(build.parent))
     return record_object(built.path)
 
 
@@ -208,7 +248,7 @@ def _line(d: Difference) -> str:
     if d.new_size is None:
         return f"{name}: gone, {d.old_size} bytes"
     if d.moved:
-        return f"{name}: at another place in {d.section}"
+        return f"{name}: at another place" + (f" in {d.section}" if d.section else "")
     if d.old_size == d.new_size:
         return f"{name}: changed" + (f", {d.new_size} bytes" if d.new_size else "")
     return f"{name}: {'grew' if d.new_size > d.old_size else 'shrank'}, {d.old_size} to {d.new_size} bytes"

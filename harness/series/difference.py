@@ -23,7 +23,8 @@ class Difference(NamedTuple):
     """What became of one symbol of one object. Sizes in bytes; None where there is no such thing on that side.
 
     ``kind`` is as :class:`harness.series.normal.Item` has it; ``was`` is the symbol's name before, if it had another;
-    ``moved``: its content is the same, its place among its neighbours is not, and that counts.
+    ``moved``: its content is the same, its place among its neighbours is not, and that counts. ``users`` of data are
+    the functions of the new build that refer to it.
     """
 
     file: str
@@ -34,6 +35,7 @@ class Difference(NamedTuple):
     new_size: int | None
     was: str = ""
     moved: bool = False
+    users: tuple[str, ...] = ()
 
 
 class Rename(NamedTuple):

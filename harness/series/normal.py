@@ -33,7 +33,7 @@ OF: Final = " of "
 """Stands in the name of what has none of its own: ``.rodata of em_call``, ``__ex_table of vmx_vmexit``."""
 _BUG_TABLE: Final = "__bug_table"
 _FUNCTION_NAMES: Final = ("__func__", "__FUNCTION__", "__PRETTY_FUNCTION__")
-_NUMBERED: Final = re.compile(r"(__UNIQUE_ID_.*?|__addressable_.*?)_?\d+")
+_NUMBERED: Final = re.compile(r"(__UNIQUE_ID_.*?|__addressable_.*?|__BTF_ID__.*?)_*\d+")
 _INITCALL: Final = re.compile(r"(__initcall__kmod_.*?)__\d+_\d+_(.*)")  # a counter and __LINE__
 _DIGEST: Final = 12  # bytes
 
@@ -92,11 +92,11 @@ def record_object(path: Path) -> ObjectRecord:
     return ObjectRecord((status.st_size, status.st_mtime_ns), pieces.in_order, tuple(_items(pieces)))
 
 
-def whole_file(path: Path, kind: str, *more: Path) -> ObjectRecord:
-    """A file (or several) that is compared as it is, byte for byte."""
+def whole_file(path: Path, *more: Path, without: str) -> ObjectRecord:
+    """A file (or several) that is compared as it is, but for a path in it that says where the build stands."""
     status = path.stat()
-    content = b"".join(file.read_bytes() for file in (path, *more))
-    item = Item(path.name, kind, "", False, 0, status.st_size, _digest(content), ())
+    content = b"".join(file.read_bytes() for file in (path, *more)).replace(without.encode(), b"")
+    item = Item(path.name, "file", "", False, 0, status.st_size, _digest(content), ())
     return ObjectRecord((status.st_size, status.st_mtime_ns), True, (item,))
 
 
@@ -123,22 +123,28 @@ def _give_names(pieces: Pieces) -> None:
                     give(target, f"{_base(target)}{OF}{root}", root)
                     found.append(target)
 
-    named = [piece for piece in pieces.pieces if not piece.owner and piece.name and not _base(piece)]
-    for piece in named:
-        give(piece, piece.name)
-    follow(named)
-    for code in (True, False):
+    def loose(code: bool) -> None:
         for piece in pieces.pieces:
             if not piece.key and not piece.owner and piece.section.code == code:
                 give(piece, _base(piece))
                 follow([piece])
-        if code:
-            tables = [piece for piece in pieces.pieces if piece.owner]
-            for piece in tables:
-                assert piece.owner is not None
-                root = roots.get(id(piece.owner), "nothing")
-                give(piece, f"{piece.section.name}{OF}{root}", root)
-            follow(tables)
+
+    def tables() -> None:
+        found = [piece for piece in pieces.pieces if piece.owner and piece.owner.key and not piece.key]
+        for piece in found:
+            assert piece.owner is not None
+            root = roots.get(id(piece.owner), piece.owner.key)
+            give(piece, f"{piece.section.name}{OF}{root}", root)
+        follow(found)
+
+    named = [piece for piece in pieces.pieces if not piece.owner and piece.name and not _base(piece)]
+    for piece in named:
+        give(piece, piece.name)
+    follow(named)
+    tables()
+    loose(code=True)
+    tables()
+    loose(code=False)
 
 
 def _base(piece: Piece) -> str:

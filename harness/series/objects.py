@@ -15,11 +15,14 @@ from typing import Final, NamedTuple
 from harness.lab.errors import LabInputError
 
 _BOOT: Final = ("arch/x86/boot/compressed/.vmlinux.cmd", "arch/x86/boot/.setup.elf.cmd")
-_SCRIPTS: Final = (
+_LINKING: Final = (
     "arch/x86/kernel/vmlinux.lds",
     "arch/x86/boot/compressed/vmlinux.lds",
     "scripts/module.lds",
+    ".vmlinux.cmd",
+    ".vmlinux.unstripped.cmd",
 )
+"""How the objects are put together: scripts without their comments, commands with their flags."""
 _OFFSETS: Final = re.compile(r"\b[vz]offset\.h\b")  # headers made of the linked kernel's addresses and sizes
 _DERIVED: Final = ("piggy.o", ".mod.o")
 
@@ -44,7 +47,7 @@ def built_objects(build: Path) -> list[BuiltObject]:
     for name in _boot(build):
         if name not in found and not name.endswith(_DERIVED):
             found[name] = _boot_object(build, name)
-    for name in _SCRIPTS:
+    for name in _LINKING:
         if (build / name).is_file():
             found[name] = BuiltObject(name, build / name, as_it_is=True)
     return list(found.values())

@@ -138,6 +138,7 @@ class Pieces:
         self._starts: dict[int, list[int]] = {}
         self._entries: dict[int, tuple[int, list[tuple[Piece, int]]]] = {}
         self._references: dict[int, list[Reference]] = {}
+        self._nowhere = Piece(elf.sections[0], [(0, 0, 0)], key="nothing")
         tables = {s.number: stride for s in self.sections if (stride := self._stride(s))}
         unwinding = any(elf.sections[index].name == f"{ORC}_ip" for index in tables)
         for section in self.sections:
@@ -251,7 +252,7 @@ class Pieces:
             place = self._place(section, first[start])
             assert place is not None
             located = self._locate(*place)
-            owner = located[0] if located else Piece(section, [(section.number, 0, 0)])
+            owner = located[0] if located else self._nowhere
             piece = by_owner.setdefault(id(owner), Piece(section, [], owner=owner, stride=stride))
             entries.append((piece, piece.size))
             piece.add(section.number, start, start + stride)
@@ -335,7 +336,7 @@ class Pieces:
         start = offset - offset % size
         if section.flags & SHF_STRINGS:
             if size == 1:
-                return _quoted(data[offset : data.find(b"\0", offset)]), 0
+                return _quoted(data[offset:].partition(b"\0")[0]), 0
             end = start
             while end < section.size and any(data[end : end + size]):
                 end += size
