@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from harness.replay import Replay
 
 Verbs = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
+ABORT_BISECT: Final = 128
+"""What tells `git bisect run` to stop."""
 MAX_WORKERS: Final = 4 * (os.cpu_count() or 1)
 FORMATS: Final = {"text": "report.txt", "html": "report.html", "junit": "junit.xml", "ktap": "report.ktap"}
 """Views of a journal, with the file that each becomes beside it when several are asked for."""
@@ -33,6 +35,7 @@ _EXAMPLES: Final = """examples:
   kvm-harness run -k 'mmio and not user'  a part of it
   kvm-harness replay alu/add_rr_b@long#0 --emit-c > x.c
   kvm-harness lab run --debian 6.12       the suite on that kernel, nested in QEMU
+  kvm-harness series v7.3.. --tree ~/linux  a verdict for every patch since v7.3
   kvm-harness COMMAND --help              options and an example of each command"""
 
 
@@ -49,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return fail("interrupted", INTERRUPTED)
+    except SystemExit as error:  # argparse's: to git bisect, its 2 would mean a bad commit
+        if error.code == BAD_INPUT and words[:1] == ["bisect-run"]:
+            return ABORT_BISECT
+        raise
     except BrokenPipeError:
         _discard_stdout()
         return 0
@@ -124,7 +131,7 @@ def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="command")
-    for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare):
+    for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare, _add_series):
         register(verbs)
     _add_lab(verbs, with_lab)
     return parser
@@ -224,6 +231,35 @@ def _add_compare(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     compare.add_argument("a", type=Path, metavar="DIR_A", help="the --out folder of the first run")
     compare.add_argument("b", type=Path, metavar="DIR_B", help="that of the second")
+
+
+def _add_series(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    from harness.series.cli import add_bisect_run, add_series
+
+    add_series(
+        add_verb(
+            verbs, "series", _series, "A verdict for every patch of a kernel series: BASE..TIP, or a mailbox.",
+            "kvm-harness series v7.3..my-branch --tree ~/linux --config svm,svm-emul",
+        )
+    )  # fmt: skip
+    add_bisect_run(
+        add_verb(
+            verbs, "bisect-run", _bisect_run, "Is the kernel that is checked out good? For git bisect run.",
+            "git bisect run kvm-harness bisect-run",
+        )
+    )  # fmt: skip
+
+
+def _series(args: argparse.Namespace) -> int:
+    from harness.series.cli import series
+
+    return series(args)
+
+
+def _bisect_run(args: argparse.Namespace) -> int:
+    from harness.series.bisect import bisect_run
+
+    return bisect_run(args)
 
 
 def _add_lab(verbs: Verbs[argparse.ArgumentParser], whole: bool) -> None:

@@ -108,7 +108,7 @@ class CellLine:
 
 
 def _no_suite(result: CellResult) -> Record | None:
-    """A kernel that has shown not one Case: it has no KVM, or it died before the suite. None when it is not to blame."""
+    """Of a kernel that has shown no Case: it has no KVM, or it died before the suite. None when it is not to blame."""
     if result.error == NoKvmError.__name__:
         return _record(KVM, Verdict.REGRESSED, f"gone: all of KVM: {result.problem}")
     for console in sorted(result.folder.glob(f"boot-*/{CONSOLE_LOG}")):

@@ -7,18 +7,16 @@ again and finds there what need not be done twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
 
-from harness.lab.cache import Progress
 from harness.lab.edits import EditError
 from harness.lab.errors import LabError, LabInputError
 from harness.lab.hardware import Emulator
 from harness.lab.image import Image
-from harness.lab.kbuild import BuildError
 from harness.lab.run import Options
 from harness.lab.session import Cell
 from harness.series.builds import Built, Flavour, Line, reaches
@@ -29,7 +27,7 @@ from harness.series.layouts import layout_of
 from harness.series.line import CellLine, not_booting, result_or_nothing
 from harness.series.report import write_reports
 from harness.series.state import Folder
-from harness.series.verdict import Build, CellReport, Layout, PatchReport, SeriesReport
+from harness.series.verdict import Build, CellReport, Code, Layout, PatchReport, SeriesReport
 
 _POLL: Final = 0.5  # seconds between two looks at how far cells are
 _BASE_RUNS: Final = 2
@@ -168,8 +166,6 @@ class SeriesRun:
             self.display.doing(f"patch {number} {commit}: building ({flavour.name})")
             try:
                 build, kernel = line.build(commit, folder)
-            except BuildError:
-                raise
             except EditError as error:  # a lab's own edit: no fault of the patch
                 problems |= {c.name: str(error) for c in self.setup.cells if c.flavour == flavour}
                 continue
@@ -183,16 +179,14 @@ class SeriesRun:
             code = next((b.code for b in builds if b.flavour == cell.flavour.name), None)
             if cell.flavour not in built or code is None or code.identical:
                 continue
-            options = self._options(self._tier(cell, built[cell.flavour], pending), tuple(sorted(code.functions | code.added)))
+            options = self._options(self._tier(cell, code), tuple(sorted(code.functions | code.added)))
             pending.jobs[cell.name] = CellJob(self._cell(cell, built[cell.flavour]), folder / cell.name, options)
         pending.futures = self._submit(pending.jobs)
         return pending
 
-    def _tier(self, cell: CellLine, built: Built, pending: _Pending) -> str:
+    def _tier(self, cell: CellLine, code: Code) -> str:
         if self.setup.tier != "auto":
             return self._base_tier(cell, self.setup.tier)
-        code = next(b.code for b in pending.builds if b.flavour == cell.flavour.name)
-        assert code is not None
         base = self._base[cell.flavour]
         full = reaches(code, base, cell.reached.executed, cell.reached.unknown)
         return self._base_tier(cell, "full" if full else "smoke")
@@ -209,8 +203,8 @@ class SeriesRun:
                 problem = pending.problems.get(cell.name, "")
                 cells.append(CellReport(cell.name, "", inherited=cell.inherited(), problem=problem))
                 continue
-            report = CellReport(cell.name, job.options.tier, command=self._command(cell, job))
-            cells.append(cell.take(pending.number, report, result, unsteady.get(cell.name, frozenset())))
+            empty = CellReport(cell.name, job.options.tier, command=self._command(cell, job))
+            cells.append(cell.take(pending.number, empty, result, unsteady.get(cell.name, frozenset())))
             if job.options.trace:
                 symbols = Symbols(pending.built[cell.flavour].system_map)
                 found |= reached(job.options.trace, result.executed, result.machines, symbols)
@@ -297,14 +291,3 @@ def _raise(future: Future[Path], name: str) -> None:
         raise LabError(f"{name}: a worker process was killed: is there memory enough? {error}") from error
     except LabInputError as error:
         raise LabInputError(f"{name}: {error}") from error
-
-
-Say = Callable[[str], None]
-
-
-def flavours_of(cells: Iterable[CellLine]) -> list[Flavour]:
-    """Every flavour that cells need, once."""
-    return list(dict.fromkeys(cell.flavour for cell in cells))
-
-
-__all__ = ["Display", "Progress", "SeriesRun", "Setup"]
