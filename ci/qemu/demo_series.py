@@ -178,8 +178,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/demo-series"), metavar="DIR")
     parser.add_argument("options", nargs="*", help="for kvm-harness series, after --")
     args = parser.parse_args(argv)
-    tree = cached("demo", digest(KERNEL, Path(__file__)), make_tree) / "linux"
-    command = [sys.executable, "-m", "harness", "series", "base..demo", "--tree", tree, "--out", args.out, *args.options]
+    tree = cached("demo", digest(KERNEL, repr(PATCHES)), make_tree) / "linux"
+    words = ["series", "base..demo", "--tree", tree, "--out", args.out, *args.options]
+    command = [sys.executable, "-m", "harness", *words]
     status = subprocess.run(command, check=False).returncode
     try:
         report = json.loads((args.out / "report.json").read_text())

@@ -233,23 +233,23 @@ class SeriesRun:
                 mine = pending.jobs[cell.name]
                 options = replace(mine.options, only=suspects, trace=())
                 where = self.folder.path / "base" / cell.name / f"patch-{pending.number:04d}"
-                jobs[f"{cell.name} on BASE again"] = CellJob(
-                    self._cell(cell, self._base[cell.flavour]), where, options
-                )
+                base = self._cell(cell, self._base[cell.flavour])
+                jobs[f"{cell.name} on BASE again"] = CellJob(base, where, options)
                 if not result.problem:
-                    jobs[f"{cell.name} again"] = replace(mine, folder=mine.folder / "again", options=options)
+                    again = mine.folder.parent / "again" / cell.name
+                    jobs[f"{cell.name} again"] = replace(mine, folder=again, options=options)
         found = self._await(pending.number, self._submit(jobs), jobs)
         unsteady: dict[str, frozenset[str]] = {}
         for cell in self.setup.cells:
-            base, again = found.get(f"{cell.name} on BASE again"), found.get(f"{cell.name} again")
-            if base is not None and not base.problem:
-                cell.base.quarantine(base.records)
+            on_base, second = found.get(f"{cell.name} on BASE again"), found.get(f"{cell.name} again")
+            if on_base is not None and not on_base.problem:
+                cell.base.quarantine(on_base.records)
                 result = results[cell.name]
                 if result.problem and not cell.records(result):
                     record = not_booting(result)
                     results[cell.name] = replace(result, records={record["case"]: record})
-            if again is not None and not again.problem:
-                unsteady[cell.name] = cell.unsteady(again.records)
+            if second is not None and not second.problem:
+                unsteady[cell.name] = cell.unsteady(second.records)
         return unsteady
 
     # --- cells ---
