@@ -16,11 +16,11 @@ from typing import Final
 from harness.journal import JournalError
 from harness.lab.cache import area
 from harness.lab.configurations import Configuration
-from harness.lab.edits import EditError, named
+from harness.lab.edits import named
 from harness.lab.errors import LabError, LabInputError
 from harness.lab.hardware import Emulator
 from harness.lab.image import Image
-from harness.lab.kbuild import BuildError, kernel_from_tree
+from harness.lab.kbuild import kernel_from_tree
 from harness.lab.kernel import Kernel
 from harness.lab.run import Options
 from harness.lab.session import Cell
@@ -28,7 +28,7 @@ from harness.series.behaviour import Change, change_text, worst_first
 from harness.series.builds import Flavour
 from harness.series.cells import CellJob, CellResult, run_job
 from harness.series.git import Repository
-from harness.series.line import CellLine, result_or_nothing
+from harness.series.line import BOOT, CellLine, result_or_nothing
 from harness.verdict import Verdict
 
 GOOD: Final = 0
@@ -36,6 +36,7 @@ BAD: Final = 1
 SKIP: Final = 125
 UNUSABLE: Final = 128
 _SHOWN: Final = 10
+_WORDS: Final = {GOOD: "good", BAD: "bad", SKIP: "cannot be tested"}
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,13 @@ def bisect(question: Question, say: Callable[[str], None]) -> int:
         try:
             repository.check_age(head)
             kernel = _kernel(question, config, _revision(repository), say)
-        except (BuildError, EditError) as error:
-            say(f"{head} cannot be tested: {error}")
-            return SKIP
-        except LabInputError as error:
+        except LabInputError as error:  # too old, does not build, does not take the configuration's edit
             say(f"{head} cannot be tested: {error}")
             return SKIP
         result = _run(question, config, kernel, folder / config.name, "")
         answers.append(_answer(question, line, result, say, known_base=base is not None))
     answer = BAD if BAD in answers else SKIP if SKIP in answers else GOOD
-    say(f"{head}: {({GOOD: 'good', BAD: 'bad', SKIP: 'cannot be tested'})[answer]}")
+    say(f"{head}: {_WORDS[answer]}")
     return answer
 
 
@@ -113,7 +111,7 @@ def _answer(
     question: Question, line: CellLine, result: CellResult, say: Callable[[str], None], *, known_base: bool
 ) -> int:
     changes = line.now.changes(line.records(result))
-    failures = [c for c in changes if c.fails and (known_base or c.name not in ("kernel/boot",))]
+    failures = [c for c in changes if c.fails and (known_base or c.name != BOOT)]  # without BASE it may be the lab
     others = [c for c in changes if not c.fails] if question.same and known_base else []
     for change in _first(worst_first([*failures, *others])):
         say(f"{line.name}: {change.name}: {change_text(change)}")

@@ -1,7 +1,7 @@
 """A toy kernel under git whose series is validated without a lab: its image says which Cases fail on it.
 
 Building is real (make, gcc, objects compared); running is that of an executor which, as a cluster's would, takes jobs
-and leaves their journals. It reads from the kernel's image what that kernel does: the strings in arch/x86/kvm/emulate.c.
+and leaves their journals. It reads in the kernel's image what that kernel does: the strings in arch/x86/kvm/emulate.c.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ allnoconfig:
 
 bzImage:
 	@mkdir -p $(O)/arch/x86/boot $(O)/arch/x86/kvm $(O)/include/config
-	@gcc -O1 -fno-asynchronous-unwind-tables -Wall -Werror -c -o $(O)/arch/x86/kvm/emulate.o $(CURDIR)/arch/x86/kvm/emulate.c
+	@gcc -O1 -fno-asynchronous-unwind-tables -Wall -Werror \\
+		-c -o $(O)/arch/x86/kvm/emulate.o $(CURDIR)/arch/x86/kvm/emulate.c
 	@echo 'savedcmd_arch/x86/kvm/x86.o := gcc -I$(CURDIR)/include -c -o x.o x.c ; tool' > $(O)/arch/x86/kvm/.x86.o.cmd
 	@cd $(O) && rm -f vmlinux.a && ar cDPrST vmlinux.a arch/x86/kvm/emulate.o
 	@cp $(O)/arch/x86/kvm/emulate.o $(O)/vmlinux
@@ -99,8 +100,8 @@ class Tree:
 class Elsewhere(Executor):
     """Does jobs at once. ``ran``: (cell, kernel or "base" or "again", tier) of each that was not finished before.
 
-    ``odd``: names of Cases that mismatch once, on the first kernel that runs them after BASE. ``stop_after``: jobs after
-    which it raises KeyboardInterrupt.
+    ``odd``: names of Cases that mismatch once, on the first kernel that runs them after BASE. ``stop_after``: so many
+    jobs, and it raises KeyboardInterrupt.
     """
 
     def __init__(self, odd=(), stop_after=None):

@@ -148,7 +148,8 @@ def test_flaky_on_base_is_quarantined_by_name(tree, out):
     report = validate(tree, out, Elsewhere())
     assert outcomes(report) == [Outcome.GOOD]
     assert list(report.quarantined["svm"]) == [CASES[0]]
-    assert f"quarantined in svm, since BASE did not show the same twice:\n  {CASES[0]}" in (out / "report.txt").read_text()
+    text = (out / "report.txt").read_text()
+    assert f"quarantined in svm, since BASE did not show the same twice:\n  {CASES[0]}" in text
 
 
 def test_what_is_not_seen_again_is_no_verdict_but_is_told(tree, out):
