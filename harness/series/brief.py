@@ -14,18 +14,42 @@ from harness.series.verdict import CellReport, PatchReport, SeriesReport
 _MOST: Final = 6
 _SUBJECT: Final = 44
 
-HEADS: Final = ("#", "patch", "builds", "code")
-TAILS: Final = ("reached", "behaviour", "layout", "verdict")
+HEADS: Final = ("#", "patch", "verdict", "builds", "code")
+TAILS: Final = ("reached", "behaviour", "layout")
 
 
 def row(patch: PatchReport, cells: Sequence[str]) -> list[str]:
     """A patch in the table of patches by cells."""
     by_name = {cell.cell: cell for cell in patch.cells}
     return [
-        f"{patch.number}", short(patch.commit.subject), builds(patch),
+        f"{patch.number}", short(patch.commit.subject), verdict(patch), builds(patch),
         code(patch), *(cell_words(by_name.get(name)) for name in cells), reached(patch), patch.behaviour,
-        patch.layout.brief if patch.builds and all(b.good for b in patch.builds) else "-", verdict(patch),
+        layout(patch),
     ]  # fmt: skip
+
+
+def parts(patch: PatchReport) -> list[str]:
+    """``builds 12 s``, ``code 1 function``, ``svm full: agree``, ``reached 1/1``, ``behaviour same``, ``layout ok``."""
+    words = [f"builds {builds(patch)}", f"code {code(patch)}"]
+    words += [f"{cell.cell} {cell_words(cell)}" for cell in patch.cells if cell_words(cell) != "-"]
+    words += [f"reached {reached(patch)}"] if reached(patch) != "-" else []
+    return [*words, f"behaviour {patch.behaviour}", f"layout {layout(patch)}"]
+
+
+def joined(words: Sequence[str], width: int) -> list[str]:
+    """Words with dots between them, in lines of so many characters that break at dots only."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + 3 + len(word) > width:
+            lines[-1] += " ·"
+            lines.append("")
+        lines[-1] += f" · {word}" if lines[-1] else word
+    return lines
+
+
+def layout(patch: PatchReport) -> str:
+    """What became of the layout of registers; a dash where nothing was built."""
+    return patch.layout.brief if patch.builds and all(b.good for b in patch.builds) else "-"
 
 
 def short(subject: str) -> str:

@@ -67,10 +67,9 @@ class Live:
         if self._terminal:
             self._paint(force=True)
             return
-        cells = [f"{name} {text}" for name, text in zip(self._cells, words[4:], strict=False) if text != "-"]
-        parts = [f"builds {words[2]}", f"code {words[3]}", *cells, f"behaviour {words[-3]}", f"layout {words[-2]}"]
         total = len(self._commits)
-        self._write(f"patch {report.number}/{total} {report.commit}: {words[-1]}\n  {' · '.join(parts)}\n")
+        head = f"patch {report.number}/{total} {report.commit}: {brief.verdict(report)}"
+        self._write(f"{head}\n  {' · '.join(brief.parts(report))}\n")
 
     def close(self) -> None:
         """Take away what is repainted."""
@@ -101,7 +100,7 @@ class Live:
             commit = self._commits[len(rows)]
             running = [self._running.get(name, "") if self._number else "" for name in self._cells]
             subject = brief.short(commit.subject)
-            rows.append([str(len(rows) + 1), subject, "", "", *running, *[""] * len(brief.TAILS)])
+            rows.append([str(len(rows) + 1), subject, "", "", "", *running, *[""] * len(brief.TAILS)])
         seconds = self._clock() - self._began
         return [*table([heads, *rows]), f"{seconds:.0f} s  {self._doing}"]
 

@@ -19,7 +19,9 @@ _COLOUR: Final = {
     Outcome.BAD: "bad", Outcome.UNBUILDABLE: "bad", Outcome.UNTRUE: "bad", Outcome.LOST: "note", Outcome.GOOD: "good",
 }  # fmt: skip
 _MORE: Final = """
+body { max-width: 92rem; }
 .patches td, .patches th { white-space: nowrap; } .patches .subject { white-space: normal; min-width: 14rem; }
+.patches td:nth-child(3) { white-space: normal; min-width: 6rem; }
 .patches td.num { width: 1%; } td a { color: inherit; }
 section { border-top: 1px solid var(--line); margin-top: 1.6rem; } section h2 { margin-top: 1rem; }
 pre { overflow-x: auto; background: var(--band); padding: .6rem .8rem; margin: .4rem 0;
@@ -89,6 +91,7 @@ def _table(report: SeriesReport) -> Iterator[str]:
 
 
 def _colours(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
+    yield _COLOUR[patch.outcome]
     yield "bad" if any(not b.good for b in patch.builds) else ""
     yield "none" if patch.identical else ""
     by_name = {cell.cell: cell for cell in patch.cells}
@@ -98,7 +101,6 @@ def _colours(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
     untrue = patch.outcome is Outcome.UNTRUE
     yield "bad" if untrue or any(c.failures for c in patch.cells) else "note" if patch.changed else ""
     yield "" if patch.layout.good else "bad"
-    yield _COLOUR[patch.outcome]
 
 
 def _cell_colour(cell: CellReport | None) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from harness.lab.run import table
 from harness.series import brief
 from harness.series.behaviour import change_text, worst_first
 from harness.series.coverage import reached_lines
@@ -33,7 +32,7 @@ def write_reports(folder: Path, report: SeriesReport) -> None:
 
 def text_report(report: SeriesReport) -> str:
     """For a mail: the table, then what is to be said of each patch, the first bad one with all that shows it again."""
-    lines = [*_head(report), "", *table_lines(report), "", *_conclusion(report)]
+    lines = [*_head(report), "", *_overview(report), "", *_conclusion(report)]
     for patch in report.patches:
         lines += ["", *patch_lines(patch, report)]
     lines += ["", *brief.base_lines(report)]
@@ -48,10 +47,11 @@ def _head(report: SeriesReport) -> list[str]:
     return [f"kvm-harness series {report.title}", f"BASE is {report.base}"]
 
 
-def table_lines(report: SeriesReport) -> list[str]:
-    """The table of patches by cells."""
-    rows = [[*brief.HEADS, *report.cells, *brief.TAILS], *(brief.row(p, report.cells) for p in report.patches)]
-    return table(rows)
+def _overview(report: SeriesReport) -> Iterator[str]:
+    """Two lines a patch: a table would be too wide for a mail."""
+    for patch in report.patches:
+        yield f"{patch.number:3d}  {patch.outcome.value:16s} {textwrap.shorten(patch.commit.subject, WIDTH - 24)}"
+        yield from (f"     {line}" for line in brief.joined(brief.parts(patch), WIDTH - 7))
 
 
 def _conclusion(report: SeriesReport) -> Iterator[str]:
@@ -118,9 +118,8 @@ def _labelled(label: str, lines: Sequence[str]) -> Iterator[str]:
     for line in lines:
         wrapped = textwrap.wrap(line, WIDTH - 13, break_long_words=False, break_on_hyphens=False)
         for text in wrapped:
-            yield f"  {label + ':':10s} {text}"
+            yield f"  {label + ':' if label else '':10s} {text}"
             label = ""
-        label = ""
 
 
 def _first(lines: list[str], most: int) -> list[str]:

@@ -53,9 +53,9 @@ class Code:
         """A word or two, for tables."""
         if self.identical:
             return "identical"
-        kinds = (("function", self.functions | self.added), ("table", self.tables), ("removed", self.removed))
+        kinds = (("function", self.functions | self.added), ("data", self.tables), ("removed", self.removed))
         parts = [
-            f"{len(names)} {kind}{'s' * (kind != 'removed' and len(names) > 1)}" for kind, names in kinds if names
+            f"{len(names)} {kind}{'s' * (kind == 'function' and len(names) > 1)}" for kind, names in kinds if names
         ]
         return ", ".join(parts) or "changed"
 
@@ -213,7 +213,7 @@ class PatchReport:
         """A word or two, for tables."""
         if self.identical:
             return "same code"
-        if not any(not c.problem for c in self.cells):
+        if not any(c.tier and not c.problem for c in self.cells):
             return "-"
         failing = sum(len(c.failures) for c in self.cells)
         if failing:
