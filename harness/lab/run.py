@@ -72,7 +72,8 @@ class Options:
     """How cells are run.
 
     ``only``: names of Cases, of those that ``select`` leaves; all if empty. ``trace``: names of kernel functions; the
-    journal tells which of them were called. ``header``: goes into the journal's first line.
+    journal tells which of them were called. ``record``: the journal keeps all that Cases show. ``header``: goes into
+    its first line.
     """
 
     tier: str = "full"
@@ -82,6 +83,7 @@ class Options:
     write_profile: bool = False
     only: frozenset[str] = frozenset()
     trace: tuple[str, ...] = ()
+    record: bool = False
     header: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -144,7 +146,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     arbiter = _Arbitration(cell)
     run = CellRun(
         cell, plan, profile, folder, take, known=load_known(), machines=options.machines,
-        fail_fast=options.fail_fast, arbiter=arbiter, trace=options.trace, progress=line.say(progress),
+        fail_fast=options.fail_fast, arbiter=arbiter, trace=options.trace, record=options.record,
+        progress=line.say(progress),
     )  # fmt: skip
     try:
         for name, id_, reason in skipped:
@@ -155,6 +158,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             take_profile(outcome, journal, text)
         if run.probed is not None:
             journal.append({"probed": run.probed.to_json()})
+        for index, steps in run.recorded.items():
+            journal.append({"recorded": plan.names[index], "steps": steps})
         if options.trace:
             journal.append({"executed": run.executed, "machines": run.tally.boots})
         if options.write_profile and refused - {""}:

@@ -160,7 +160,8 @@ class CellRun:
     """Runs the Cases of a plan on a cell, on ``machines`` boots side by side. Results go to ``take`` as they arrive.
 
     Each boot leaves its console in a folder of its own under ``folder``. ``trace`` are names of kernel functions of
-    which :attr:`executed` is to tell whether they were called. Not to be used twice.
+    which :attr:`executed` is to tell whether they were called; with ``record``, :attr:`recorded` holds all that Cases
+    show. Not to be used twice.
     """
 
     def __init__(
@@ -176,13 +177,15 @@ class CellRun:
         fail_fast: bool = False,
         arbiter: Callable[[Case, Result], Result] | None = None,
         trace: Sequence[str] = (),
+        record: bool = False,
         progress: Progress = quiet,
     ) -> None:
         self.cell, self.plan, self.profile, self.folder = cell, plan, profile, folder
         self._take, self._machines, self._fail_fast, self._progress = take, machines, fail_fast, progress
         self._judge = Judge(profile, known) if profile is not None else None
         self._arbiter = arbiter
-        self.trace = trace
+        self.trace, self.record = trace, record
+        self.recorded: dict[int, Any] = {}  # by index, if ``record``: all Observations of a Case, as JSON
         self.executed: list[Mapping[str, Any]] = []  # of each machine that came to its end, if there is a ``trace``
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
@@ -367,6 +370,9 @@ class _Machine:
                     text, _, body = rest.partition(" ")
                     self._finished(int(text))
                     run.differed(int(text), json.loads(body))
+                case "=":
+                    text, _, body = rest.partition(" ")
+                    run.recorded[int(text)] = json.loads(body)
                 case "splat":
                     text, _, body = rest.partition(" ")
                     if found := find_splats(json.loads(body)):
@@ -410,7 +416,7 @@ class _Machine:
         job = self.run.next_job()
         if job is not None:
             self.hand.append(job)
-            order = {"job": job.group, "only": list(job.indices), "careful": job.careful}
+            order = {"job": job.group, "only": list(job.indices), "careful": job.careful, "record": self.run.record}
             boot.send(wire.CHANNEL, json.dumps(order).encode() + b"\n")
 
     def _finished(self, index: int) -> None:

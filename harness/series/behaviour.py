@@ -36,11 +36,15 @@ def _settled(summary: str) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """A Case that does not behave as before. ``before`` is None when it did not run before."""
+    """A Case that does not behave as before. ``before`` is None when it did not run before.
+
+    ``why``: what BASE showed and this kernel shows, where the model allows both.
+    """
 
     name: str
     before: Record | None
     after: Record
+    why: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -62,7 +66,7 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
-        return {"case": self.name, "before": self.before, "after": self.after}
+        return {"case": self.name, "before": self.before, "after": self.after, "why": self.why}
 
 
 @dataclass
@@ -123,6 +127,8 @@ def change_text(change: Change) -> str:
     """One line: what a Case showed before and shows now."""
     if change.fails:
         return f"{change.verdict.value}: {_settled(str(change.after['summary']))}"
+    if change.why:
+        return change.why
     if change.before is None:
         return f"not run before; now {_told(change.after)}"
     old, new = signature(change.before), signature(change.after)

@@ -9,7 +9,7 @@ from typing import Final
 
 from harness.report.views import CASES_FOLDER
 from harness.series.behaviour import Change, change_text, worst_first
-from harness.series.verdict import CellReport, PatchReport, SeriesReport
+from harness.series.verdict import CellReport, Outcome, PatchReport, SeriesReport
 
 _MOST: Final = 6
 _SUBJECT: Final = 44
@@ -100,7 +100,7 @@ def evidence(patch: PatchReport) -> Iterator[str]:
             yield from (f"  {line}" for line in build.errors)
             yield f"  all of the build's output: {build.log}"
     for cell in patch.cells:
-        for change in list(worst_first(cell.failures))[:1]:
+        for change in list(worst_first(cell.failures or (cell.others if patch.outcome is Outcome.UNTRUE else [])))[:1]:
             yield f"  {cell.cell}: {change.name}: {change_text(change)}"
             yield from (f"    {line}" for line in how_to_see(cell, change))
 

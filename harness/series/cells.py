@@ -14,17 +14,20 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from harness.case import Case
 from harness.journal import NAME, JournalError, RunResults, read_journal, read_run
-from harness.lab.cache import area, cached, digest, digest_tree
+from harness.lab.cache import area, cached, digest, digest_tree, quiet
 from harness.lab.errors import LabError
+from harness.lab.planner import cell_plan
+from harness.lab.profile import load_profile
 from harness.lab.run import Options, run_cell
 from harness.lab.session import Cell
 
@@ -53,8 +56,8 @@ class CellJob:
         configuration = replace(cell.configuration, needs=frozenset())  # a set has no order, nor any part in this
         return digest(
             cell.kernel.digest, repr(configuration), cell.emulator.digest, cell.image.digest, cell.accel,
-            options.tier, repr(options.select), repr(sorted(options.only)), repr(options.trace), self.shared,
-            _harness_digest(),
+            options.tier, repr(options.select), repr(sorted(options.only)), repr(options.trace), repr(options.record),
+            self.shared, _harness_digest(),
         )  # fmt: skip
 
 
@@ -72,7 +75,7 @@ class CellResult:
 
     ``problem``: why it did not come to its end, empty if it did; ``error``: the name of that error's class.
     ``probed``: the profile of its KVM, as JSON; ``executed``: answers of :class:`harness.lab.trace.FunctionProfile`,
-    of fewer than ``machines`` where some were lost.
+    of fewer than ``machines`` where some were lost. ``recorded``: all that Cases showed, where that was asked for.
     """
 
     folder: Path
@@ -81,6 +84,7 @@ class CellResult:
     error: str = ""
     probed: Mapping[str, Any] | None = None
     executed: tuple[Mapping[str, Any], ...] = ()
+    recorded: Mapping[str, Any] = field(default_factory=dict)
     machines: int = 0
     seconds: float = 0.0
 
@@ -94,15 +98,18 @@ def read_result(folder: Path) -> CellResult:
     """What is in a cell's folder. JournalError when there is no journal."""
     records: dict[str, Mapping[str, Any]] = {}
     found: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     for line in read_journal(folder):
         if "case" in line:
             records[str(line["case"])] = line
+        elif "recorded" in line:
+            recorded[str(line["recorded"])] = line["steps"]
         else:
             found.update(line)
     problem = "" if found.get("finished") else str(found.get("lost") or "it was not finished")
     return CellResult(
         folder, records, problem, str(found.get("error", "")), found.get("probed"), tuple(found.get("executed", ())),
-        int(found.get("machines", 0)), float(found.get("seconds", 0.0)),
+        recorded, int(found.get("machines", 0)), float(found.get("seconds", 0.0)),
     )  # fmt: skip
 
 
@@ -166,6 +173,15 @@ def _attempt(job: CellJob) -> None:
 
 def _discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def cases_of(cell: Cell, tier: str, names: Collection[str]) -> dict[str, Case]:
+    """Cases of a cell by name, of those that it has. LabError."""
+    profile = load_profile(cell.configuration.name, cell.kernel.series)
+    if profile is None:
+        return {}
+    plan = cell_plan(cell.configuration, profile, tier, quiet)
+    return {name: plan.planned(index)[0] for index, name in enumerate(plan.names) if name in names}
 
 
 def progress_of(job: CellJob) -> tuple[int, int]:

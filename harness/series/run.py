@@ -22,6 +22,7 @@ from harness.lab.session import Cell
 from harness.series.builds import Built, Flavour, Line, reaches
 from harness.series.cells import CellJob, CellResult, progress_of, run_job
 from harness.series.coverage import Reached, Symbols, reached
+from harness.series.explain import explained
 from harness.series.git import Commit, PatchRange
 from harness.series.layouts import layout_of
 from harness.series.line import CellLine, not_booting, result_or_nothing
@@ -194,7 +195,7 @@ class SeriesRun:
     def _finish(self, pending: _Pending) -> None:
         """Wait for a patch's cells, and judge it."""
         results = self._await(pending.number, pending.futures, pending.jobs)
-        unsteady = self._again(pending, results)
+        unsteady, recorded = self._again(pending, results)
         cells: list[CellReport] = []
         found = Reached()
         for cell in self.setup.cells:
@@ -204,7 +205,8 @@ class SeriesRun:
                 cells.append(CellReport(cell.name, "", inherited=cell.inherited(), problem=problem))
                 continue
             empty = CellReport(cell.name, job.options.tier, command=self._command(cell, job))
-            cells.append(cell.take(pending.number, empty, result, unsteady.get(cell.name, frozenset())))
+            taken = cell.take(pending.number, empty, result, unsteady.get(cell.name, frozenset()))
+            cells.append(explained(taken, job.cell, *recorded[cell.name]) if cell.name in recorded else taken)
             if job.options.trace:
                 symbols = Symbols(pending.built[cell.flavour].system_map)
                 found |= reached(job.options.trace, result.executed, result.machines, symbols)
@@ -216,10 +218,13 @@ class SeriesRun:
         self.display.patch(report)
         write_reports(self.folder.path, self.report())
 
-    def _again(self, pending: _Pending, results: dict[str, CellResult]) -> dict[str, frozenset[str]]:
+    def _again(
+        self, pending: _Pending, results: dict[str, CellResult]
+    ) -> tuple[dict[str, frozenset[str]], dict[str, tuple[CellResult, CellResult]]]:
         """Cases that differ run once more, on this kernel and on BASE: what cannot be seen again is no verdict.
 
-        What is flaky on BASE is quarantined; what this kernel does not show a second time is returned.
+        What is flaky on BASE is quarantined. Returned, by cell, are the names of what this kernel does not show a
+        second time, and these runs, BASE's first, with all that they showed.
         """
         jobs: dict[str, CellJob] = {}
         for cell in self.setup.cells:
@@ -231,7 +236,7 @@ class SeriesRun:
                 suspects = frozenset(list(cell.base.records)[:1])
             if suspects:
                 mine = pending.jobs[cell.name]
-                options = replace(mine.options, only=suspects, trace=())
+                options = replace(mine.options, only=suspects, trace=(), record=True)
                 where = self.folder.path / "base" / cell.name / f"patch-{pending.number:04d}"
                 base = self._cell(cell, self._base[cell.flavour])
                 jobs[f"{cell.name} on BASE again"] = CellJob(base, where, options)
@@ -240,6 +245,7 @@ class SeriesRun:
                     jobs[f"{cell.name} again"] = replace(mine, folder=again, options=options)
         found = self._await(pending.number, self._submit(jobs), jobs)
         unsteady: dict[str, frozenset[str]] = {}
+        recorded: dict[str, tuple[CellResult, CellResult]] = {}
         for cell in self.setup.cells:
             on_base, second = found.get(f"{cell.name} on BASE again"), found.get(f"{cell.name} again")
             if on_base is not None and not on_base.problem:
@@ -250,7 +256,9 @@ class SeriesRun:
                     results[cell.name] = replace(result, records={record["case"]: record})
             if second is not None and not second.problem:
                 unsteady[cell.name] = cell.unsteady(second.records)
-        return unsteady
+            if on_base is not None and second is not None:
+                recorded[cell.name] = on_base, second
+        return unsteady, recorded
 
     # --- cells ---
 
