@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
@@ -101,13 +102,18 @@ def _sources(path: Path, base: Path | None) -> Iterator[tuple[Types, str]]:
     if dwarf:
         yield Dwarf(elf), "DWARF"
     if blob is not None:
-        own = base or (_kernel_of(path, data) if module else None)
-        yield _btf(blob.data(), path, _base(own) if own else None), f"BTF{f' on top of {own}' if own else ''}"
+        release = _release(path, data) if module else ""
+        own = base or (_kernel_of(path, release) if module else None)
+        yield _btf(blob.data(), path, _base(own, release) if own else None), f"BTF{f' on top of {own}' if own else ''}"
 
 
-def _kernel_of(path: Path, data: bytes) -> Path:
+def _release(path: Path, data: bytes) -> str:
+    """The kernel that a module is for."""
+    return next((value.split()[0] for name, value in modinfo(data, path) if name == "vermagic"), "")
+
+
+def _kernel_of(path: Path, release: str) -> Path:
     """What a module's BTF goes on from: a kernel installed with it, or the running one."""
-    release = next((value.split()[0] for name, value in modinfo(data, path) if name == "vermagic"), "another kernel")
     if release == os.uname().release:
         return RUNNING / "vmlinux"
     for folder in path.absolute().parents:
@@ -117,7 +123,8 @@ def _kernel_of(path: Path, data: bytes) -> Path:
     raise LayoutError(f"{path} is of {release}, and its BTF goes on where that kernel's ends: give --base VMLINUX")
 
 
-def _base(path: Path) -> Btf:
+def _base(path: Path, release: str = "") -> Btf:
+    """A kernel's BTF, for a module of ``release``: another kernel's would give wrong answers, not errors."""
     data = read_module(path)
     if data[0x202:0x206] == b"HdrS":
         data = vmlinux_of(path)
@@ -127,7 +134,11 @@ def _base(path: Path) -> Btf:
         except ELFError as error:
             raise LayoutError(f"{path} is no kernel: {error}") from error
         if section is None:
-            raise LayoutError(f"{path} has no BTF")
+            raise LayoutError(f"{path} has no BTF: give the kernel that the module was built with")
+        banner = re.search(rb"Linux version (\S+) ", data)
+        if release and banner and banner[1].decode(errors="replace") != release:
+            theirs = banner[1].decode(errors="replace")
+            raise LayoutError(f"{path} is Linux {theirs}, but the module is of {release}: give that kernel")
         data = section.data()
     return _btf(data, path)
 

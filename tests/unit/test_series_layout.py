@@ -47,7 +47,8 @@ def linux_7(egprs: list[str] = []) -> str:  # noqa: B006
     return source(
         [*ids, "NR_VCPU_TOTAL_REGS"],
         "unsigned long regs[NR_VCPU_GENERAL_PURPOSE_REGS]; ulong_t rip; "
-        "unsigned long regs_avail[(NR_VCPU_TOTAL_REGS + 63) / 64]; unsigned long regs_dirty[(NR_VCPU_TOTAL_REGS + 63) / 64];",
+        "unsigned long regs_avail[(NR_VCPU_TOTAL_REGS + 63) / 64]; "
+        "unsigned long regs_dirty[(NR_VCPU_TOTAL_REGS + 63) / 64];",
     )
 
 
