@@ -338,7 +338,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _layout(args: argparse.Namespace) -> int:
     from harness.series.layout import check, layout_json, layout_text, violated
-    from harness.series.types import file_layout, running_layout
+    from harness.series.typeinfo import file_layout, running_layout
 
     if args.base and not args.file:
         return fail("--base goes with a kvm.ko: give that too", BAD_INPUT)

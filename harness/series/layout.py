@@ -47,6 +47,11 @@ class Layout:
         return cls(source, ids, bounds, *parts)
 
     @property
+    def members(self) -> dict[str, Member | None]:
+        """Those of ``struct kvm_vcpu_arch`` by their names there."""
+        return {"regs": self.regs, "rip": self.rip, "regs_avail": self.avail, "regs_dirty": self.dirty}
+
+    @property
     def gprs(self) -> int:
         """How many general-purpose registers it has: 16, or 32 with APX."""
         return 32 if any(name in self.ids for name in EGPRS) else 16
@@ -71,6 +76,13 @@ def violated(checks: tuple[Check, ...]) -> bool:
     return any(c.outcome == "violated" for c in checks)
 
 
+def changes(old: Layout, new: Layout) -> tuple[str, ...]:
+    """What differs between two maps, a line each; none when they are the same wherever they were read."""
+    before, after = _values(old), _values(new)
+    names = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
+    return tuple(f"{name}: {before.get(name, 'none')} → {after.get(name, 'none')}" for name in names)
+
+
 def layout_text(layout: Layout) -> str:
     """The table for people."""
     return "\n".join(_lines(layout, check(layout)))
@@ -79,15 +91,25 @@ def layout_text(layout: Layout) -> str:
 def layout_json(layout: Layout) -> dict[str, Any]:
     """The same for programs."""
     checks = check(layout)
-    members = {"regs": layout.regs, "rip": layout.rip, "regs_avail": layout.avail, "regs_dirty": layout.dirty}
     return {
         "source": layout.source,
         "ids": dict(layout.ids),
         "bounds": dict(layout.bounds),
-        "members": {name: member._asdict() if member else None for name, member in members.items()},
+        "members": {name: member._asdict() if member else None for name, member in layout.members.items()},
         "checks": [asdict(c) for c in checks],
         "violated": violated(checks),
     }
+
+
+def _values(layout: Layout) -> dict[str, str]:
+    members = {name: _member(member) for name, member in layout.members.items() if member is not None}
+    return {name: str(n) for name, n in (*layout.ids.items(), *layout.bounds.items())} | members
+
+
+def _member(member: Member) -> str:
+    elements = member.elements or 1
+    many = f"{elements} × " if member.elements else ""
+    return f"at {member.offset}, {many}{member.size // elements} bytes"
 
 
 def _check(rule: str, wrong: list[str], fine: str) -> Check:
@@ -196,12 +218,9 @@ def _lines(layout: Layout, checks: tuple[Check, ...]) -> Iterator[str]:
     for line in range(lines):
         yield "  " + "".join(cell.ljust(width) for cell in cells[line::lines]).rstrip()
     yield ""
-    parts = {"regs": layout.regs, "rip": layout.rip, "regs_avail": layout.avail, "regs_dirty": layout.dirty}
-    for name, member in parts.items():
+    for name, member in layout.members.items():
         if member is not None:
-            elements = member.elements or 1
-            many = f"{elements} × " if member.elements else ""
-            yield f"  {name:12s} at {member.offset}, {many}{member.size // elements} bytes"
+            yield f"  {name:12s} {_member(member)}"
     yield ""
     for c in checks:
         yield f"  {c.outcome:9s} {c.rule}: {c.detail}"

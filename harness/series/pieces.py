@@ -32,8 +32,8 @@ from harness.series.elf import (
     Symbol,
 )
 
-EXEMPT: Final = (".note", ".discard")
-"""Allocated sections that do not count: notes (the build id), and what the linker throws away."""
+EXEMPT: Final = ".discard"
+"""Allocated sections that do not count begin like this: the linker throws them away."""
 ORC: Final = ".orc_unwind"
 _STRIDES: Final = {
     "__ex_table": (12,),

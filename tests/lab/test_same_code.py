@@ -16,7 +16,7 @@ from harness.series.code import CodeChange, CodeRecord, compare, record
 from harness.series.elf import read_object
 from harness.series.layout import check, violated
 from harness.series.normal import record_object
-from harness.series.types import file_layout
+from harness.series.typeinfo import file_layout
 
 EMULATE = "arch/x86/kvm/emulate.c"
 SALC = "static int em_salc(struct x86_emulate_ctxt *ctxt)"

@@ -8,7 +8,7 @@ import pytest
 
 from harness.lab.kernel import debian_kernel
 from harness.series.layout import check, violated
-from harness.series.types import LayoutError, file_layout
+from harness.series.typeinfo import LayoutError, file_layout
 
 
 def package(series: str) -> tuple[Path, Path]:

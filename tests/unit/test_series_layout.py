@@ -13,8 +13,8 @@ import pytest
 from harness.cli import main
 from harness.lab.errors import LabInputError
 from harness.series.btf import Btf, BtfError
-from harness.series.layout import Layout, check, layout_json, layout_text, violated
-from harness.series.types import RUNNING, LayoutError, file_layout, running_layout
+from harness.series.layout import Layout, changes, check, layout_json, layout_text, violated
+from harness.series.typeinfo import RUNNING, LayoutError, file_layout, running_layout
 
 GPRS = ["RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16))]
 EGPRS = [f"R{n}" for n in range(16, 32)]
@@ -108,6 +108,17 @@ def test_kernel_with_egprs(layout: Callable[..., Layout]) -> None:
     assert not violated(check(found))
     assert outcomes(found)["R16 to R31 follow R15 without a gap"] == "ok"
     assert max(found.ids.values()) == 40
+
+
+def test_what_a_patch_changes_of_it(layout: Callable[..., Layout]) -> None:
+    old, new = layout(linux_7()), layout(linux_7(EGPRS))
+    found = changes(old, new)
+    assert "R16: none → 16" in found
+    assert "RIP: 16 → 32" in found
+    assert "NR_VCPU_TOTAL_REGS: 25 → 41" in found
+    assert "regs: at 0, 16 × 8 bytes → at 0, 32 × 8 bytes" in found
+    assert "R15" not in " ".join(found)
+    assert changes(old, layout(linux_7())) == ()
 
 
 # --- seeded mistakes
