@@ -131,7 +131,7 @@ def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="command")
-    for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare, _add_series):
+    for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare, _add_layout, _add_series):
         register(verbs)
     _add_lab(verbs, with_lab)
     return parser
@@ -231,6 +231,23 @@ def _add_compare(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     compare.add_argument("a", type=Path, metavar="DIR_A", help="the --out folder of the first run")
     compare.add_argument("b", type=Path, metavar="DIR_B", help="that of the second")
+
+
+def _add_layout(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    layout = add_verb(
+        verbs, "layout", _layout,
+        "KVM's register map (enum kvm_reg, struct kvm_vcpu_arch) from BTF or DWARF, checked; 1 if a rule is broken.",
+        "kvm-harness layout ~/linux/vmlinux",
+    )  # fmt: skip
+    layout.add_argument(
+        "file", type=Path, nargs="?", metavar="VMLINUX",
+        help="a vmlinux, bzImage, kvm.ko or object with BTF or DWARF (default: the running kernel)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--base", type=Path, metavar="VMLINUX",
+        help="the kernel of a kvm.ko (default: the running one, or one installed with it)",
+    )  # fmt: skip
+    layout.add_argument("--json", action="store_true", help="everything, for programs")
 
 
 def _add_series(verbs: Verbs[argparse.ArgumentParser]) -> None:
@@ -353,6 +370,17 @@ def _compare(args: argparse.Namespace) -> int:
         for line in run.incomplete_because():
             fail(f"{name}: {line}", Verdict.LOST.status)
     return found.status
+
+
+def _layout(args: argparse.Namespace) -> int:
+    from harness.series.layout import check, layout_json, layout_text, violated
+    from harness.series.typeinfo import file_layout, running_layout
+
+    if args.base and not args.file:
+        return fail("--base goes with a kvm.ko: give that too", BAD_INPUT)
+    found = file_layout(args.file, args.base) if args.file else running_layout()
+    print(json.dumps(layout_json(found), indent=1) if args.json else layout_text(found))
+    return Verdict.MISMATCH.status if violated(check(found)) else 0
 
 
 if __name__ == "__main__":

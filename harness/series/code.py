@@ -13,10 +13,9 @@ What does not count, and why:
 - numbers that compiler and macros put into names (``key.12``, ``__UNIQUE_ID_x34``): they count what came before;
 - the order of functions that a C compiler made: they are listed as moved. The order of data counts: code may reach
   from one object into the next in ways that relocations do not tell;
-- notes (the build id), ``.discard*`` sections (the linker drops them) and what is not loaded (debugging information,
-  symbol tables);
-- what the build makes out of the linked kernel: kallsyms, BTF, ``piggy.o`` (the kernel itself, compressed), modules'
-  ``.mod.o`` (version magic, checksums of exports). ``misc.o`` and ``header.o`` of the boot code hold sizes and
+- ``.discard*`` sections (the linker drops them) and what is not loaded (debugging information, symbol tables);
+- what the build makes out of the linked kernel: the build id, kallsyms, BTF, ``piggy.o`` (the kernel, compressed),
+  modules' ``.mod.o`` (version magic, checksums of exports). ``misc.o`` and ``header.o`` of the boot code hold sizes and
   addresses of the linked kernel: instead of them, their sources in arch/x86/boot and the .c files they include are
   compared, comments and all.
 
@@ -39,7 +38,7 @@ from harness.series.difference import Difference, Pair, Rename, compare_objects
 from harness.series.normal import OF, Item, ObjectRecord, record_object, whole_file
 from harness.series.objects import BuiltObject, built_objects
 
-_FORMAT: Final = 1  # of the JSON form: raise it when the normal form changes
+_FORMAT: Final = 2  # of the JSON form: raise it when the normal form changes
 _SHOWN: Final = 12  # lines per object, and names of renamed and moved symbols
 
 

@@ -32,8 +32,8 @@ from harness.series.elf import (
     Symbol,
 )
 
-EXEMPT: Final = (".note", ".discard")
-"""Allocated sections that do not count: notes (the build id), and what the linker throws away."""
+EXEMPT: Final = ".discard"
+"""Allocated sections that do not count begin like this: the linker throws them away."""
 ORC: Final = ".orc_unwind"
 _STRIDES: Final = {
     "__ex_table": (12,),
@@ -138,6 +138,7 @@ class Pieces:
         self._starts: dict[int, list[int]] = {}
         self._entries: dict[int, tuple[int, list[tuple[Piece, int]]]] = {}
         self._references: dict[int, list[Reference]] = {}
+        self._place_cache: dict[int, list[tuple[Relocation, tuple[int, int] | None]]] = {}
         self._nowhere = Piece(elf.sections[0], [(0, 0, 0)], key="nothing")
         tables = {s.number: stride for s in self.sections if (stride := self._stride(s))}
         unwinding = any(elf.sections[index].name == f"{ORC}_ip" for index in tables)
@@ -224,8 +225,7 @@ class Pieces:
         named = {s.section for s in self.object.symbols if s.type not in (STT_SECTION, STT_FILE)}
         found: dict[int, set[int]] = defaultdict(set)
         for section in self.sections:
-            for relocation in self.object.relocations.get(section.number, ()):
-                place = self._place(section, relocation)
+            for _, place in self._places(section):
                 if place and not (section.name in _STRIDES and place[0] in named):
                     found[place[0]].add(place[1])
         return {index: sorted(places) for index, places in found.items()}
@@ -234,11 +234,10 @@ class Pieces:
 
     def _stride(self, section: Section) -> int:
         """The size of this table's entries; 0 when it is none, or none of a form that is known."""
-        code = {
-            r.offset for r in self.object.relocations.get(section.number, ())
-            if (place := self._place(section, r)) and self.object.sections[place[0]].code
-        }  # fmt: skip
-        for stride in _STRIDES.get(section.name, ()):
+        if section.name not in _STRIDES:
+            return 0
+        code = {r.offset for r, place in self._places(section) if place and self.object.sections[place[0]].code}
+        for stride in _STRIDES[section.name]:
             if section.size % stride == 0 and all(n in code for n in range(0, section.size, stride)):
                 return stride
         return 0
@@ -247,9 +246,9 @@ class Pieces:
         """Each function's entries, in their order, as one piece."""
         by_owner: dict[int, Piece] = {}
         entries: list[tuple[Piece, int]] = []
-        first = {r.offset: r for r in reversed(self.object.relocations[section.number])}
+        places = {r.offset: place for r, place in reversed(self._places(section))}
         for start in range(0, section.size, stride):
-            place = self._place(section, first[start])
+            place = places[start]
             assert place is not None
             located = self._locate(*place)
             owner = located[0] if located else self._nowhere
@@ -274,7 +273,7 @@ class Pieces:
     def references(self, section: Section) -> list[Reference]:
         """All that a section refers to, by offset."""
         if section.number not in self._references:
-            found = [self._resolve(section, r) for r in self.object.relocations.get(section.number, ())]
+            found = [self._resolve(section, r, place) for r, place in self._places(section)]
             if section.code:
                 taken = {offset for r in found for offset in range(r.offset, r.offset + r.width)}
                 found += self._jumps(section, taken)
@@ -287,12 +286,11 @@ class Pieces:
         found = self.references(section)
         return found[bisect_left(found, start, key=_offset) : bisect_left(found, end, key=_offset)]
 
-    def _resolve(self, section: Section, relocation: Relocation) -> Reference:
+    def _resolve(self, section: Section, relocation: Relocation, place: tuple[int, int] | None) -> Reference:
         offset, number, index, addend = relocation
         width = _WIDTHS.get(number, 4)
         kind = _PC32 if number == _PLT32 else number
         symbol = self.object.symbols[index]
-        place = self._place(section, relocation)
         if place is None:
             if number in _PC_RELATIVE and section.code:
                 addend += _tail(self.object.data(section), offset)
@@ -305,8 +303,14 @@ class Pieces:
             return Reference(offset, width, kind, f"section {aim.name}", place[1])
         return Reference(offset, width, kind, *located)
 
+    def _places(self, section: Section) -> list[tuple[Relocation, tuple[int, int] | None]]:
+        """Each relocation of a section, with the (section index, offset) it refers to; None when that is elsewhere."""
+        if section.number not in self._place_cache:
+            rows = self.object.relocations.get(section.number, ())
+            self._place_cache[section.number] = [(row, self._place(section, row)) for row in rows]
+        return self._place_cache[section.number]
+
     def _place(self, section: Section, relocation: Relocation) -> tuple[int, int] | None:
-        """(Section index, offset) that a relocation refers to; None when another object defines it."""
         symbol = self.object.symbols[relocation.symbol]
         if symbol.section in (SHN_UNDEF, SHN_ABS, SHN_COMMON):
             return None

@@ -24,11 +24,12 @@ from harness.series.cells import CellJob, CellResult, progress_of, run_job
 from harness.series.coverage import Reached, Symbols, reached
 from harness.series.explain import explained
 from harness.series.git import Commit, PatchRange
-from harness.series.layouts import layout_of
+from harness.series.layout import Layout
+from harness.series.layouts import layout_report, read_layout
 from harness.series.line import CellLine, not_booting, result_or_nothing
 from harness.series.report import write_reports
 from harness.series.state import Folder
-from harness.series.verdict import Build, CellReport, Code, Layout, PatchReport, SeriesReport
+from harness.series.verdict import Build, CellReport, Code, LayoutReport, PatchReport, SeriesReport
 
 _POLL: Final = 0.5  # seconds between two looks at how far cells are
 _BASE_RUNS: Final = 2
@@ -74,7 +75,7 @@ class _Pending:
     commit: Commit
     builds: tuple[Build, ...]
     built: Mapping[Flavour, Built]
-    layout: Layout
+    layout: LayoutReport
     jobs: dict[str, CellJob] = field(default_factory=dict)
     futures: dict[Future[Path], str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # of cells that could not even begin
@@ -131,7 +132,7 @@ class SeriesRun:
                     f"{said}\nall of it: {build.log}"
                 )
             self._base[flavour] = built
-            self._base_layout = self._base_layout or layout_of(built.kernel)
+            self._base_layout = self._base_layout or read_layout(built.kernel)
         tier = "smoke" if self.setup.tier == "smoke" else "full"
         jobs = {}
         for cell in self.setup.cells:
@@ -174,7 +175,9 @@ class SeriesRun:
             self._compiling += build.seconds
             if kernel is not None:
                 built[flavour] = kernel
-        layout = layout_of(next(iter(built.values())).kernel, self._base_layout) if built else Layout()
+        layout = LayoutReport()
+        if built:
+            layout = layout_report(read_layout(next(iter(built.values())).kernel), self._base_layout)
         pending = _Pending(number, commit, tuple(builds), built, layout, problems=problems)
         for cell in self.setup.cells:
             code = next((b.code for b in builds if b.flavour == cell.flavour.name), None)

@@ -156,7 +156,7 @@ def counts_of(records: Iterable[Record]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutReport:
     """The register layout that a patch leaves: whether its checks hold, and what changed of it, for people."""
 
     good: bool = True
@@ -182,7 +182,7 @@ class PatchReport:
     builds: tuple[Build, ...] = ()
     cells: tuple[CellReport, ...] = ()
     reached: Reached = field(default_factory=Reached)
-    layout: Layout = field(default_factory=Layout)
+    layout: LayoutReport = field(default_factory=LayoutReport)
     seconds: float = 0.0
 
     @property
