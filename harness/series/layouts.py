@@ -1,4 +1,4 @@
-"""The layout of KVM's registers that a patch leaves, against BASE's: the verdict's part of harness/series/layout.py."""
+"""The layout of KVM's registers that a patch leaves: what its verdict takes from harness/series/layout.py."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def read_layout(kernel: BuiltKernel) -> Layout | None:
         return None
 
 
-def layout_report(found: Layout | None, base: Layout | None) -> LayoutReport:
-    """Whether a patch's register map breaks a rule that BASE's does not, and what of it is not as in BASE."""
+def layout_report(found: Layout | None, before: Layout | None) -> LayoutReport:
+    """Whether a patch's register map breaks a rule that the one before it does not, and what of it is new."""
     if found is None:
-        return LayoutReport(base is None, () if base is None else ("the register map can no longer be read",))
-    before = {c.rule for c in check(base) if c.outcome == "violated"} if base is not None else set()
-    broken = [c for c in check(found) if c.outcome == "violated" and c.rule not in before]
+        return LayoutReport(before is None, () if before is None else ("the register map can no longer be read",))
+    known = {c.rule for c in check(before) if c.outcome == "violated"} if before is not None else set()
+    broken = [c for c in check(found) if c.outcome == "violated" and c.rule not in known]
     return LayoutReport(
         not broken,
         tuple(f"{c.rule}: {c.detail}" for c in broken) or tuple(layout_text(found).splitlines()),
-        changes(base, found) if base is not None else (),
+        changes(before, found) if before is not None else (),
     )

@@ -91,7 +91,7 @@ class SeriesRun:
         self._lines = {f: Line(setup.tree, f, display.doing, setup.jobs) for f in flavours}
         self._base: dict[Flavour, Built] = {}
         self._reports: list[PatchReport] = []
-        self._base_layout: Layout | None = None
+        self._layout: Layout | None = None  # of the last kernel that was built
         self._began = time.monotonic()
         self._compiling = 0.0
 
@@ -132,7 +132,7 @@ class SeriesRun:
                     f"{said}\nall of it: {build.log}"
                 )
             self._base[flavour] = built
-            self._base_layout = self._base_layout or read_layout(built.kernel)
+            self._layout = self._layout or read_layout(built.kernel)
         tier = "smoke" if self.setup.tier == "smoke" else "full"
         jobs = {}
         for cell in self.setup.cells:
@@ -177,7 +177,9 @@ class SeriesRun:
                 built[flavour] = kernel
         layout = LayoutReport()
         if built:
-            layout = layout_report(read_layout(next(iter(built.values())).kernel), self._base_layout)
+            found = read_layout(next(iter(built.values())).kernel)
+            layout = layout_report(found, self._layout)
+            self._layout = found or self._layout
         pending = _Pending(number, commit, tuple(builds), built, layout, problems=problems)
         for cell in self.setup.cells:
             code = next((b.code for b in builds if b.flavour == cell.flavour.name), None)

@@ -65,6 +65,18 @@ def code(*does, mov="return x;", line=0, name="em_mov", more=""):
     )
 
 
+def header(rip="VCPU_REG_RIP = NR_VCPU_GENERAL_PURPOSE_REGS"):
+    """kvm_host.h, as far as the register map goes."""
+    names = ["RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16))]
+    listed = "".join(f"VCPU_REGS_{name}, " for name in names)
+    return (
+        f"enum kvm_reg {{ {listed} NR_VCPU_GENERAL_PURPOSE_REGS, {rip}, NR_VCPU_TOTAL_REGS }};\n"
+        "struct kvm_vcpu_arch { unsigned long regs[NR_VCPU_GENERAL_PURPOSE_REGS]; unsigned long rip;\n"
+        "unsigned long regs_avail[1]; unsigned long regs_dirty[1]; };\n"
+        "struct kvm_vcpu { struct kvm_vcpu_arch arch; };\n"
+    )
+
+
 class Tree:
     """The toy's repository; BASE is its first commit."""
 
@@ -74,7 +86,7 @@ class Tree:
         self.git("init", "--quiet", "--initial-branch=main", ".")
         for name, text in {
             "Makefile": MAKEFILE, "Kbuild": "", "Kconfig": "", "arch/x86/kvm/Kconfig": "",
-            "include/linux/kvm_host.h": "struct kvm_vcpu { int x; };\nenum kvm_reg { VCPU_REGS_RAX };\n",
+            "include/linux/kvm_host.h": header(),
         }.items():  # fmt: skip
             self.write(name, text)
         self.commit("Linux 7.3.9", code())

@@ -1,7 +1,7 @@
 """Verdicts on a toy's series, patch by patch, and that a series goes on where it was, however it ended."""
 
 import pytest
-from series_toy import CASES, Elsewhere, Tree, code, report_json, validate
+from series_toy import CASES, Elsewhere, Tree, code, header, report_json, validate
 
 from harness.lab.errors import LabError, LabInputError
 from harness.series.verdict import Outcome
@@ -230,6 +230,25 @@ def test_a_second_configuration_is_compared_and_runs_smoke(tree, out):
     assert ran(there, 1) == [("svm", "full"), ("svm-debug", "smoke")]
     assert ran(there, 2) == []
     assert report.patches[1].identical
+
+
+def test_a_broken_register_map_is_bad_though_no_code_changed(tree, out):
+    tree.write("include/linux/kvm_host.h", header("VCPU_REG_RIP = 3, VCPU_REG_LAST = NR_VCPU_GENERAL_PURPOSE_REGS"))
+    tree.commit("RIP is an index of RBX", code())
+    tree.commit("innocent", code(line=2))
+    report = validate(tree, out, Elsewhere())
+    assert outcomes(report) == [Outcome.BAD, Outcome.GOOD]
+    assert report.patches[0].layout.brief == "wrong"
+    text = (out / "report.txt").read_text()
+    assert "layout:    RIP is no index of a general-purpose register: RIP is 3, as RBX" in text
+
+
+def test_a_register_map_that_only_changes_is_told(tree, out):
+    tree.write("include/linux/kvm_host.h", header("VCPU_REG_RIP = NR_VCPU_GENERAL_PURPOSE_REGS, VCPU_REG_CR3"))
+    tree.commit("another register", code())
+    (patch,) = validate(tree, out, Elsewhere()).patches
+    assert patch.outcome is Outcome.GOOD
+    assert "CR3: none → 17" in patch.layout.changed
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
