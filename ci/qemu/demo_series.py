@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.lab.cache import cached, digest
+from harness.lab.cache import cached, digest, locked
 from harness.lab.ksource import debian_source
 
 KERNEL = "7.3"
-REGS, EMULATE, X86 = (f"arch/x86/kvm/{name}.c" for name in ("regs", "emulate", "x86"))
+REGS, EMULATE, X86, SVM = (f"arch/x86/kvm/{name}.c" for name in ("regs", "emulate", "x86", "svm/svm"))
 IDENTITY = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -98,31 +98,82 @@ PATCHES = (
 )  # fmt: skip
 
 
-def make_tree(folder: Path) -> None:
-    """The repository with BASE and the patches, in ``folder``/linux."""
+EXTRA: Mapping[str, Patch] = {
+    "fault-compile": Patch(
+        "KVM: x86: A patch that does not compile\n",
+        EMULATE, ((LATER.format("orig_"), LATER.format("first_")),), "does not build", ("-",),
+    ),
+    "fault-panic": Patch(
+        "KVM: x86: A kernel that panics at boot\n",
+        X86, (("	kvm_mmu_x86_module_init();\n	mitigate", '	panic("KVM is not in the mood");\n	mitigate'),),
+        "bad", ("worse",),
+    ),
+    "fault-kvm": Patch(
+        "KVM: SVM: A kernel without KVM\n",
+        SVM, (("	if (!kvm_is_svm_supported())\n		return", "	if (true)\n		return"),), "bad", ("worse",),
+    ),
+    "fault-warn": Patch(
+        "KVM: x86: Warn of every XCHG with memory\n", EMULATE,
+        ((LATER.format("orig_"), f"	WARN_ON_ONCE(ctxt->dst.type == OP_MEM);\n{LATER.format('orig_')}"),),
+        "bad", ("worse",),
+    ),
+    "untrue": Patch(
+        "KVM: x86: Tidy up em_imul_3op()\n\nNo functional change intended.\n", EMULATE,
+        (("	ctxt->dst.val = ctxt->src2.val;\n	return em_imul(ctxt);\n",
+          "	int rc;\n\n	ctxt->dst.val = ctxt->src2.val;\n	rc = em_imul(ctxt);\n"
+          "	ctxt->eflags ^= X86_EFLAGS_AF;\n	return rc;\n"),), "not what it says", ("changed",),
+    ),
+}  # fmt: skip
+"""Branches of one patch on BASE, for tests: what may go wrong, and behaviour that is allowed but not the same."""
+
+
+def make_tree() -> Path:
+    """The repository, in the cache: the tag ``base``, the branches ``demo`` and those of EXTRA."""
     source = debian_source(KERNEL, print)
-    tree = folder / "linux"
-    print(f"copying {source.name} and making a git repository of it (a minute or two, once)", flush=True)
-    subprocess.run(["cp", "-a", "--reflink=auto", source, tree], check=True)
-    git(tree, "init", "--quiet", "--initial-branch=demo", ".")
-    git(tree, "config", "core.looseCompression", "1")
-    git(tree, "add", "--all", "--force")
-    git(tree, "commit", "--quiet", "--message", f"Linux {KERNEL}, as in Debian")
-    git(tree, "tag", "base")
-    for patch in PATCHES:
-        path = tree / patch.file
-        text = path.read_text()
+
+    def make(folder: Path) -> None:
+        tree = folder / "linux"
+        print(f"copying {source.name} and making a git repository of it (a minute or two, once)", flush=True)
+        subprocess.run(["cp", "-a", "--reflink=auto", source, tree], check=True)
+        git(tree, "init", "--quiet", "--initial-branch=main", ".")
+        git(tree, "config", "core.looseCompression", "1")
+        git(tree, "add", "--all", "--force")
+        git(tree, "commit", "--quiet", "--message", f"Linux {KERNEL}, as in Debian")
+        git(tree, "tag", "base")
+
+    tree = cached("demo", digest(KERNEL, source.parent.name), make) / "linux"
+    with locked(tree.parent / "lock"):
+        branch(tree, "demo", PATCHES)
+        for name, patch in EXTRA.items():
+            branch(tree, name, [patch])
+    return tree
+
+
+def branch(tree: Path, name: str, patches: Sequence[Patch]) -> None:
+    """Make a branch of these patches on BASE, whatever is checked out."""
+    tip = "base"
+    index = {"GIT_INDEX_FILE": str(tree.parent / "index")}
+    for patch in patches:
+        text = git(tree, "show", f"{tip}:{patch.file}")
         for old, new in patch.changes:
             if old not in text:
                 raise SystemExit(f"{patch.file} has no longer what the demonstration changes:\n{old}")
             text = text.replace(old, new)
-        path.write_text(text)
-        git(tree, "commit", "--quiet", "--all", "--message", patch.message)
+        blob = git(tree, "hash-object", "-w", "--stdin", text=text).strip()
+        git(tree, "read-tree", tip, more=index)
+        git(tree, "update-index", "--cacheinfo", f"100644,{blob},{patch.file}", more=index)
+        content = git(tree, "write-tree", more=index).strip()
+        tip = git(tree, "commit-tree", content, "-p", tip, text=patch.message).strip()
+    git(tree, "update-ref", f"refs/heads/{name}", tip)
 
 
-def git(tree: Path, *words: str) -> None:
+def git(tree: Path, *words: str, text: str = "", more: Mapping[str, str] | None = None) -> str:
     """Run git in the repository, as nobody in particular: commits come out the same everywhere."""
-    subprocess.run(["git", "-C", tree, *words], check=True, env=os.environ | IDENTITY)
+    environment = os.environ | IDENTITY | (more or {})
+    done = subprocess.run(
+        ["git", "-C", tree, *words], check=True, env=environment, input=text, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
 
 
 def wrong(report: Mapping[str, Any], status: int) -> Iterator[str]:
@@ -178,7 +229,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/demo-series"), metavar="DIR")
     parser.add_argument("options", nargs="*", help="for kvm-harness series, after --")
     args = parser.parse_args(argv)
-    tree = cached("demo", digest(KERNEL, repr(PATCHES)), make_tree) / "linux"
+    tree = make_tree()
     words = ["series", "base..demo", "--tree", tree, "--out", args.out, *args.options]
     command = [sys.executable, "-m", "harness", *words]
     status = subprocess.run(command, check=False).returncode
