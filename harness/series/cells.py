@@ -203,9 +203,9 @@ class LocalPool(ProcessPoolExecutor):
     """Processes of this machine, which end with this one, however it ends, and take their emulators along."""
 
     def __init__(self, workers: int) -> None:
-        super().__init__(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=_obey, initargs=(os.getpid(),)
-        )
+        # Forked, and all of them before there is any thread: nothing is left behind where the parent is killed.
+        fork = multiprocessing.get_context("fork")
+        super().__init__(workers, mp_context=fork, initializer=_obey, initargs=(os.getpid(),))
 
     def stop(self) -> None:
         """End what runs, in the middle; unfinished cells start again the next time."""
