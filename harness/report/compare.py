@@ -19,8 +19,8 @@ _NAMES: Final = 5  # names after a count
 class Comparison:
     """``changed``: (record in A, record in B) whose verdicts differ; ``rewritten``: the same name, other content.
 
-    ``otherwise``: the same verdict, but not the same behaviour where the model allows several (undefined flags, how many
-    items an exit holds).
+    ``otherwise``: the same verdict, but not the same behaviour where the model allows several (undefined flags, how
+    many items an exit holds).
     """
 
     a: RunResults
