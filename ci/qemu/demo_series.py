@@ -152,19 +152,25 @@ def make_tree() -> Path:
 def branch(tree: Path, name: str, patches: Sequence[Patch]) -> None:
     """Make a branch of these patches on BASE, whatever is checked out."""
     tip = "base"
-    index = {"GIT_INDEX_FILE": str(tree.parent / "index")}
     for patch in patches:
         text = git(tree, "show", f"{tip}:{patch.file}")
         for old, new in patch.changes:
             if old not in text:
                 raise SystemExit(f"{patch.file} has no longer what the demonstration changes:\n{old}")
             text = text.replace(old, new)
-        blob = git(tree, "hash-object", "-w", "--stdin", text=text).strip()
-        git(tree, "read-tree", tip, more=index)
-        git(tree, "update-index", "--cacheinfo", f"100644,{blob},{patch.file}", more=index)
-        content = git(tree, "write-tree", more=index).strip()
-        tip = git(tree, "commit-tree", content, "-p", tip, text=patch.message).strip()
+        tip = commit(tree, tip, patch.message, {patch.file: text})
     git(tree, "update-ref", f"refs/heads/{name}", tip)
+
+
+def commit(tree: Path, parent: str, message: str, files: Mapping[str, str]) -> str:
+    """A commit on ``parent`` that makes files these texts, without a look at what is checked out."""
+    index = {"GIT_INDEX_FILE": str(tree.parent / "index")}
+    git(tree, "read-tree", parent, more=index)
+    for name, text in files.items():
+        blob = git(tree, "hash-object", "-w", "--stdin", text=text).strip()
+        git(tree, "update-index", "--cacheinfo", f"100644,{blob},{name}", more=index)
+    content = git(tree, "write-tree", more=index).strip()
+    return git(tree, "commit-tree", content, "-p", parent, text=message).strip()
 
 
 def git(tree: Path, *words: str, text: str = "", more: Mapping[str, str] | None = None) -> str:

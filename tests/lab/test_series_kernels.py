@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.lab.edits import MUTANTS, edited, load_all
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "ci" / "qemu" / "demo_series.py"
 HARNESS = [sys.executable, "-m", "harness"]
@@ -94,6 +96,23 @@ def test_a_refactoring_that_changes_what_the_model_allows_is_not_what_it_says(tr
     assert changes
     assert all("imul" in c["case"] and c["why"].startswith("rflags: BASE showed") and "AF" in c["why"] for c in changes)
     assert list((Path(patch["cells"][0]["folder"]) / "cases").glob("*.c"))
+
+
+@pytest.mark.parametrize("name", ["set-regs-truncates-r12", "segment-base-32-bit", "emul-cmov-keeps-upper-half"])
+def test_a_seeded_bug_is_bad_and_its_revert_is_good(demo, tree, tmp_path, name):
+    bug = load_all(MUTANTS)[name]
+    git = demo["git"]
+    git(tree, "checkout", "--quiet", "base")
+    texts = edited([bug], tree, (7, 3)).texts
+    before = {file: git(tree, "show", f"base:{file}") for file in texts}
+    bad = demo["commit"](tree, "base", f"KVM: {bug.title}\n", texts)
+    tip = demo["commit"](tree, bad, f"Revert that\n\nThis reverts commit {bad}.\n", before)
+    done = series(tree, tmp_path / "out", f"base..{tip}", "--config", bug.configurations[0])
+    assert done.returncode == 1
+    first, second = report(tmp_path / "out")["patches"]
+    assert (first["outcome"], second["outcome"]) == ("bad", "good")
+    assert "mended" in second["behaviour"]
+    assert "mismatch" in done.stdout
 
 
 def test_a_series_by_mail(demo, tree, tmp_path):
