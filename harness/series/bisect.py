@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.journal import JournalError
-from harness.lab.cache import area
+from harness.lab.cache import area, digest
 from harness.lab.configurations import Configuration
 from harness.lab.edits import named
 from harness.lab.errors import LabError, LabInputError
@@ -62,7 +62,7 @@ def bisect(question: Question, say: Callable[[str], None]) -> int:
     repository = Repository(question.tree)
     head = repository.commit("HEAD")
     base = repository.commit(question.base) if question.base is not None else None
-    folder = area("bisect")
+    folder = area("bisect") / digest(str(repository.tree.resolve()))
     answers = []
     for config in question.configurations:
         line = CellLine(config.name, config, Flavour("default", config.edits))
