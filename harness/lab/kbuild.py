@@ -139,8 +139,8 @@ def kernel_from_tree(
     return replace(_from_entry(entry, key, work), kept=kept)
 
 
-def kernel_key(snapshot: str, variant: Variant, edits: Sequence[Edit]) -> str:
-    """What a kernel is found by in the cache: all that it is made from. ``snapshot``: PrivateCopy.snapshot()'s."""
+def kernel_key(snapshot: str, variant: Variant = "default", edits: Sequence[Edit] = ()) -> str:
+    """Changes with all that decides what a kernel becomes: source, edits, configuration, tools."""
     fragments = [_CONFIGS / name for name in _FRAGMENTS[variant]]
     return digest(_RECIPE, snapshot, variant, *fragments, *(edit.digest for edit in edits), toolchain())
 

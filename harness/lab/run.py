@@ -71,9 +71,9 @@ class CellOutcome:
 class Options:
     """How cells are run.
 
-    ``only``: names of Cases, of those that ``select`` leaves; all if empty. ``trace``: names of kernel functions; the
-    journal tells which of them were called. ``record``: the journal keeps all that Cases show. ``header``: goes into
-    its first line.
+    ``only`` are names of Cases, None for all. ``trace``: names of kernel functions; the journal tells which of them were
+    called. ``record``: the journal keeps all that Cases show. ``most_bad``: so many failures are enough, and the rest is
+    not run; 0 for no limit. ``header``: goes into the journal's first line.
     """
 
     tier: str = "full"
@@ -81,9 +81,10 @@ class Options:
     fail_fast: bool = False
     machines: int = 2
     write_profile: bool = False
-    only: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
     trace: tuple[str, ...] = ()
     record: bool = False
+    most_bad: int = 0
     header: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -99,12 +100,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: profile written to {path}")
     plan = cell_plan(cell.configuration, profile, options.tier, progress)
-    matches = matcher(options.select or "")
-    only = options.only
-
-    def selects(name: str) -> bool:
-        return (not only or name in only) and matches(name)
-
+    selects = _selection(options)
     chosen = [n for n, name in enumerate(plan.names) if selects(name)]
     skipped = [s for s in plan.skipped if selects(s[0])]
     if not chosen and not skipped:
@@ -146,7 +142,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     arbiter = _Arbitration(cell)
     run = CellRun(
         cell, plan, profile, folder, take, known=load_known(), machines=options.machines,
-        fail_fast=options.fail_fast, arbiter=arbiter, trace=options.trace, record=options.record,
+        most_bad=1 if options.fail_fast else options.most_bad, arbiter=arbiter, trace=options.trace, record=options.record,
         progress=line.say(progress),
     )  # fmt: skip
     try:
@@ -166,7 +162,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             profile = replace(profile, lacks=profile.lacks | refused - {""})
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: instructions that its emulator lacks added to {path}: {', '.join(sorted(refused))}")
-        if not run.tally.total or run.tally.done >= run.tally.total or options.fail_fast:
+        if not run.tally.total or run.tally.done >= run.tally.total or run.enough:
             journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})
     except LabError as error:
         outcome.problem = str(error)
@@ -178,6 +174,12 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         outcome.seconds = time.monotonic() - began
         outcome.first_result, outcome.rate = run.tally.first_result, run.tally.rate
     return outcome
+
+
+def _selection(options: Options) -> Callable[[str], bool]:
+    """Whether a Case is to be run, by its name."""
+    matches, only = matcher(options.select or ""), options.only
+    return matches if only is None else lambda name: name in only and matches(name)
 
 
 class _Arbitration:

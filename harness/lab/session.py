@@ -161,7 +161,7 @@ class CellRun:
 
     Each boot leaves its console in a folder of its own under ``folder``. ``trace`` are names of kernel functions of
     which :attr:`executed` is to tell whether they were called; with ``record``, :attr:`recorded` holds all that Cases
-    show. Not to be used twice.
+    show. ``most_bad`` failures are enough, if it is not 0. Not to be used twice.
     """
 
     def __init__(
@@ -174,14 +174,14 @@ class CellRun:
         *,
         known: Sequence[KnownDivergence] = (),
         machines: int = 2,
-        fail_fast: bool = False,
+        most_bad: int = 0,
         arbiter: Callable[[Case, Result], Result] | None = None,
         trace: Sequence[str] = (),
         record: bool = False,
         progress: Progress = quiet,
     ) -> None:
         self.cell, self.plan, self.profile, self.folder = cell, plan, profile, folder
-        self._take, self._machines, self._fail_fast, self._progress = take, machines, fail_fast, progress
+        self._take, self._machines, self._most_bad, self._progress = take, machines, most_bad, progress
         self._judge = Judge(profile, known) if profile is not None else None
         self._arbiter = arbiter
         self.trace, self.record = trace, record
@@ -196,6 +196,11 @@ class CellRun:
         self._probe_wanted = True
         self._stop = False
         self._problem: BaseException | None = None
+
+    @property
+    def enough(self) -> bool:
+        """``most_bad`` failures were found; the rest of the Cases was not run."""
+        return 0 < self._most_bad <= self.tally.bad
 
     # --- from outside ---
 
@@ -327,7 +332,7 @@ class CellRun:
             tally.checks += result.checks
             if result.verdict.status == 1:
                 tally.bad += 1
-                self._stop = self._stop or self._fail_fast
+                self._stop = self._stop or self.enough
             self._take(result, allowed)
 
 

@@ -56,8 +56,8 @@ class CellJob:
         configuration = replace(cell.configuration, needs=frozenset())  # a set has no order, nor any part in this
         return digest(
             cell.kernel.digest, repr(configuration), cell.emulator.digest, cell.image.digest, cell.accel,
-            options.tier, repr(options.select), repr(sorted(options.only)), repr(options.trace), repr(options.record),
-            self.shared, _harness_digest(),
+            options.tier, repr(options.select), repr(options.only and sorted(options.only)), repr(options.trace),
+            repr(options.record), repr(options.most_bad), self.shared, _harness_digest(),
         )  # fmt: skip
 
 

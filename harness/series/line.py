@@ -24,7 +24,6 @@ MOST_AGAIN: Final = 200
 """So many Cases that differ are no accident: they are not run again."""
 BOOT: Final = "kernel/boot"
 KVM: Final = "kernel/kvm"
-_PSEUDO: Final = ("kernel/", "profile/")  # names of records that are no Cases
 
 
 @dataclass
@@ -60,8 +59,11 @@ class CellLine:
         return found
 
     def suspects(self, records: Mapping[str, Record]) -> frozenset[str]:
-        """Cases that differ from before and are worth another run: splats are not, nor are hundreds."""
-        found = [c for c in self.now.changes(records) if not c.name.startswith(_PSEUDO)]
+        """Cases that differ from before and are worth another run: splats are not, nor are hundreds.
+
+        (A record without an id is of the kernel as a whole, and no Case.)
+        """
+        found = [c for c in self.now.changes(records) if c.after["id"]]
         names = frozenset(c.name for c in found if c.verdict is not Verdict.SPLAT)
         return names if len(names) <= MOST_AGAIN else frozenset()
 
@@ -96,7 +98,7 @@ class CellLine:
         booted = not any(name in records for name in (BOOT, KVM))
         after = self.now.after(records)
         if booted and records:
-            gone = [n for n in after.records if n.startswith(_PSEUDO) and n not in records]
+            gone = [n for n, r in after.records.items() if not r["id"] and n not in records]
             for name in gone:
                 del after.records[name]
         self.now = after

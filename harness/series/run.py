@@ -33,6 +33,7 @@ from harness.series.verdict import Build, CellReport, Code, LayoutReport, PatchR
 
 _POLL: Final = 0.5  # seconds between two looks at how far cells are
 _BASE_RUNS: Final = 2
+_MOST_BAD: Final = 500  # failures of a cell: a WARN() that every Case meets takes a quarter of a second each time
 
 
 class Display(Protocol):
@@ -238,7 +239,7 @@ class SeriesRun:
                 continue
             suspects = cell.suspects(cell.records(result))
             if result.problem and not cell.records(result):
-                suspects = frozenset(list(cell.base.records)[:1])
+                suspects = frozenset([name for name, record in cell.base.records.items() if record["id"]][:1])
             if suspects:
                 mine = pending.jobs[cell.name]
                 options = replace(mine.options, only=suspects, trace=(), record=True)
@@ -272,7 +273,7 @@ class SeriesRun:
         return Cell(cell.configuration, built.kernel.kernel, setup.emulator, setup.image, setup.accel[cell.name])
 
     def _options(self, tier: str, trace: tuple[str, ...] = ()) -> Options:
-        return Options(tier=tier, machines=self.setup.machines, trace=trace)
+        return Options(tier=tier, machines=self.setup.machines, trace=trace, most_bad=_MOST_BAD)
 
     def _command(self, cell: CellLine, job: CellJob) -> str:
         """How a user runs a Case of this cell again; ``{}`` is for its name."""
