@@ -71,9 +71,9 @@ class CellOutcome:
 class Options:
     """How cells are run.
 
-    ``only`` are names of Cases, None for all. ``trace``: names of kernel functions; the journal tells which of them were
-    called. ``record``: the journal keeps all that Cases show. ``most_bad``: so many failures are enough, and the rest is
-    not run; 0 for no limit. ``header``: goes into the journal's first line.
+    ``only`` are names of Cases, None for all. ``trace``: names of kernel functions; the journal tells which of them
+    were called. ``record``: the journal keeps all that Cases show. ``most_bad``: so many failures are enough, the rest
+    is not run; 0 for no limit. ``header``: goes into the journal's first line.
     """
 
     tier: str = "full"
@@ -142,8 +142,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     arbiter = _Arbitration(cell)
     run = CellRun(
         cell, plan, profile, folder, take, known=load_known(), machines=options.machines,
-        most_bad=1 if options.fail_fast else options.most_bad, arbiter=arbiter, trace=options.trace, record=options.record,
-        progress=line.say(progress),
+        most_bad=1 if options.fail_fast else options.most_bad, arbiter=arbiter, trace=options.trace,
+        record=options.record, progress=line.say(progress),
     )  # fmt: skip
     try:
         for name, id_, reason in skipped:

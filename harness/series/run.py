@@ -33,7 +33,7 @@ from harness.series.verdict import Build, CellReport, Code, LayoutReport, PatchR
 
 _POLL: Final = 0.5  # seconds between two looks at how far cells are
 _BASE_RUNS: Final = 2
-_MOST_BAD: Final = 500  # failures of a cell: a WARN() that every Case meets takes a quarter of a second each time
+_MOST_BAD: Final = 500  # new failures of a cell: a WARN() that every Case meets takes a quarter of a second each time
 
 
 class Display(Protocol):
@@ -139,7 +139,7 @@ class SeriesRun:
         for cell in self.setup.cells:
             built = self._base[cell.flavour]
             for run in range(1, _BASE_RUNS + 1):
-                options = self._options(self._base_tier(cell, tier), trace=built.functions)
+                options = self._options(self._base_tier(cell, tier), built.functions)
                 name = f"{cell.name} {run}"
                 jobs[name] = CellJob(self._cell(cell, built), self.folder.base(cell.name, run), options, str(run))
         results = self._await(0, self._submit(jobs), jobs)
@@ -186,7 +186,8 @@ class SeriesRun:
             code = next((b.code for b in builds if b.flavour == cell.flavour.name), None)
             if cell.flavour not in built or code is None or code.identical:
                 continue
-            options = self._options(self._tier(cell, code), tuple(sorted(code.functions | code.added)))
+            most_bad = len(cell.now.failures()) + _MOST_BAD
+            options = self._options(self._tier(cell, code), tuple(sorted(code.functions | code.added)), most_bad)
             pending.jobs[cell.name] = CellJob(self._cell(cell, built[cell.flavour]), folder / cell.name, options)
         pending.futures = self._submit(pending.jobs)
         return pending
@@ -272,8 +273,8 @@ class SeriesRun:
         setup = self.setup
         return Cell(cell.configuration, built.kernel.kernel, setup.emulator, setup.image, setup.accel[cell.name])
 
-    def _options(self, tier: str, trace: tuple[str, ...] = ()) -> Options:
-        return Options(tier=tier, machines=self.setup.machines, trace=trace, most_bad=_MOST_BAD)
+    def _options(self, tier: str, trace: tuple[str, ...], most_bad: int = 0) -> Options:
+        return Options(tier=tier, machines=self.setup.machines, trace=trace, most_bad=most_bad)
 
     def _command(self, cell: CellLine, job: CellJob) -> str:
         """How a user runs a Case of this cell again; ``{}`` is for its name."""
