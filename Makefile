@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 
 USABLE_KVM = $(VENV)/bin/python -c 'from harness.vm import Kvm; Kvm().close()' 2>/dev/null
 
-.PHONY: run test test-lab test-nested check bench bench-lab nightly lab-packages clean
+.PHONY: run test test-lab test-nested check bench bench-lab nightly demo-series lab-packages clean
 run: $(STAMP)
 	@if $(USABLE_KVM); then \
 	    $(VENV)/bin/kvm-harness run $(ARGS); \
@@ -26,9 +26,12 @@ test: $(STAMP) check
 	    $(MAKE) test-nested; \
 	fi
 
+# Tests that compile kernels: by themselves, `.venv/bin/python -m pytest tests/lab/test_...`
+COMPILING := $(foreach name,kbuild apx_kvm same_code series_kernels,--ignore=tests/lab/test_$(name).py)
+
 # The lab: its own tests, and the suite's smoke tier on a stock kernel. Builds our QEMU the first time.
 test-lab: $(STAMP) lab-packages
-	$(VENV)/bin/python -m pytest tests/lab --ignore=tests/lab/test_kbuild.py --ignore=tests/lab/test_apx_kvm.py  # those compile kernels
+	$(VENV)/bin/python -m pytest tests/lab $(COMPILING)
 
 # The least of it: one nested run on a stock kernel.
 test-nested: $(STAMP) lab-packages
@@ -39,6 +42,11 @@ test-nested: $(STAMP) lab-packages
 nightly: $(STAMP) lab-packages
 	KVM_HARNESS_TEMPLATE_STATES=1000 $(VENV)/bin/python -m pytest -q tests/lab/test_apx_templates.py
 	$(VENV)/bin/kvm-harness lab run --config all --debian 6.1,6.12,7.3 $(ARGS)
+	$(VENV)/bin/python ci/qemu/demo_series.py --out out/demo-series
+
+# A patch series whose verdicts are known beforehand, through `kvm-harness series`. Compiles a kernel, and six times a part.
+demo-series: $(STAMP) lab-packages
+	$(VENV)/bin/python ci/qemu/demo_series.py --out out/demo-series
 
 lab-packages:
 	sh ci/packages.sh lab

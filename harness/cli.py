@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from harness.replay import Replay
 
 Verbs = argparse._SubParsersAction  # argparse has no public name for what add_subparsers() returns
+ABORT_BISECT: Final = 128
+"""What tells `git bisect run` to stop."""
 MAX_WORKERS: Final = 4 * (os.cpu_count() or 1)
 FORMATS: Final = {"text": "report.txt", "html": "report.html", "junit": "junit.xml", "ktap": "report.ktap"}
 """Views of a journal, with the file that each becomes beside it when several are asked for."""
@@ -33,6 +35,7 @@ _EXAMPLES: Final = """examples:
   kvm-harness run -k 'mmio and not user'  a part of it
   kvm-harness replay alu/add_rr_b@long#0 --emit-c > x.c
   kvm-harness lab run --debian 6.12       the suite on that kernel, nested in QEMU
+  kvm-harness series v7.3.. --tree ~/linux  a verdict for every patch since v7.3
   kvm-harness COMMAND --help              options and an example of each command"""
 
 
@@ -49,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return fail("interrupted", INTERRUPTED)
+    except SystemExit as error:  # argparse's: to git bisect, its 2 would mean a bad commit
+        if error.code == BAD_INPUT and words[:1] == ["bisect-run"]:
+            return ABORT_BISECT
+        raise
     except BrokenPipeError:
         _discard_stdout()
         return 0
@@ -124,7 +131,7 @@ def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="command")
-    for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare):
+    for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare, _add_layout, _add_series):
         register(verbs)
     _add_lab(verbs, with_lab)
     return parser
@@ -226,6 +233,52 @@ def _add_compare(verbs: Verbs[argparse.ArgumentParser]) -> None:
     compare.add_argument("b", type=Path, metavar="DIR_B", help="that of the second")
 
 
+def _add_layout(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    layout = add_verb(
+        verbs, "layout", _layout,
+        "KVM's register map (enum kvm_reg, struct kvm_vcpu_arch) from BTF or DWARF, checked; 1 if a rule is broken.",
+        "kvm-harness layout ~/linux/vmlinux",
+    )  # fmt: skip
+    layout.add_argument(
+        "file", type=Path, nargs="?", metavar="VMLINUX",
+        help="a vmlinux, bzImage, kvm.ko or object with BTF or DWARF (default: the running kernel)",
+    )  # fmt: skip
+    layout.add_argument(
+        "--base", type=Path, metavar="VMLINUX",
+        help="the kernel of a kvm.ko (default: the running one, or one installed with it)",
+    )  # fmt: skip
+    layout.add_argument("--json", action="store_true", help="everything, for programs")
+
+
+def _add_series(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    from harness.series.cli import add_bisect_run, add_series
+
+    add_series(
+        add_verb(
+            verbs, "series", _series, "A verdict for every patch of a kernel series: BASE..TIP, or a mailbox.",
+            "kvm-harness series v7.3..my-branch --tree ~/linux --config svm,svm-emul",
+        )
+    )  # fmt: skip
+    add_bisect_run(
+        add_verb(
+            verbs, "bisect-run", _bisect_run, "Is the kernel that is checked out good? For git bisect run.",
+            "git bisect run kvm-harness bisect-run",
+        )
+    )  # fmt: skip
+
+
+def _series(args: argparse.Namespace) -> int:
+    from harness.series.cli import series
+
+    return series(args)
+
+
+def _bisect_run(args: argparse.Namespace) -> int:
+    from harness.series.bisect import bisect_run
+
+    return bisect_run(args)
+
+
 def _add_lab(verbs: Verbs[argparse.ArgumentParser], whole: bool) -> None:
     text = "The suite on a kernel under test, nested in an emulator: list, build, run, shell."
     epilog = f"example: kvm-harness lab run --debian 6.12 --tier smoke\n\n{_STATUSES}"
@@ -317,6 +370,17 @@ def _compare(args: argparse.Namespace) -> int:
         for line in run.incomplete_because():
             fail(f"{name}: {line}", Verdict.LOST.status)
     return found.status
+
+
+def _layout(args: argparse.Namespace) -> int:
+    from harness.series.layout import check, layout_json, layout_text, violated
+    from harness.series.typeinfo import file_layout, running_layout
+
+    if args.base and not args.file:
+        return fail("--base goes with a kvm.ko: give that too", BAD_INPUT)
+    found = file_layout(args.file, args.base) if args.file else running_layout()
+    print(json.dumps(layout_json(found), indent=1) if args.json else layout_text(found))
+    return Verdict.MISMATCH.status if violated(check(found)) else 0
 
 
 if __name__ == "__main__":

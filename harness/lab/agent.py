@@ -18,8 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+from harness.case import Case
 from harness.lab.plan import PlanReader
-from harness.lab.wire import CHANNEL, PLAN_DISK, finding_json
+from harness.lab.trace import FunctionProfile
+from harness.lab.wire import CHANNEL, PLAN_DISK, finding_json, observation_json
 from harness.machine import KvmMachine, Recording
 from harness.runner import Finding, execute
 from harness.vm import Kvm, KvmUnusableError
@@ -90,6 +92,8 @@ class Agent:
         self._lines: TextIO = os.fdopen(os.dup(fd), "r", buffering=1)
         self._plan: PlanReader | None = None
         self._log = KernelLog()
+        self._trace: FunctionProfile | None = None
+        self._record = False
         self._later: list[str] = []
         self._said = 0.0
 
@@ -120,10 +124,16 @@ class Agent:
             for line in self._lines:
                 order = json.loads(line)
                 if order.get("end"):
+                    if self._trace is not None:
+                        self.say(f"executed {json.dumps(self._trace.result())}")
                     break
+                if "trace" in order:
+                    self._trace = FunctionProfile()
+                    self._trace.start(order["trace"])
                 if order.get("probe"):
                     self.say(f"probed {json.dumps(_probe(kvm))}")
                 if "job" in order:
+                    self._record = bool(order.get("record"))
                     self._job(machine, order["job"], order.get("only"), order.get("careful", False))
 
     def _job(self, machine: KvmMachine, number: int, only: list[int] | None, careful: bool) -> None:
@@ -141,11 +151,26 @@ class Agent:
                 say(f"+ {index} {finding.checks} {finding.allowed} {finding.seconds:.6f}")
             else:
                 self.say(f"- {index} {json.dumps(finding_json(_with_memory(finding, machine)))}")
+            if self._record:
+                self.say(f"= {index} {json.dumps(_recorded(case, machine))}")
             if news := self._log.news():
                 self.say(f"splat {index} {json.dumps(news)}")
                 with suppress(OSError):  # WARN_ONCE speaks again, so that blame does not depend on the order of Cases
                     (_DEBUGFS / "clear_warn_once").write_text("1")
         self.say(f"done {number}")
+
+
+def _recorded(case: Case, machine: KvmMachine) -> list[list[dict[str, Any] | None]]:
+    """All that a Case shows, action by action: exits, registers, RAM."""
+    machine.load(case)
+    steps: list[list[dict[str, Any] | None]] = []
+    for action in case.actions:
+        steps.append([])
+        for seen in machine.apply(action):
+            if seen.sections:
+                seen.pages = machine.pages()
+            steps[-1].append(observation_json(seen))
+    return steps
 
 
 def _with_memory(finding: Finding, machine: KvmMachine) -> Finding:

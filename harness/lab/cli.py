@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -90,19 +90,25 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
     names = list(CONFIGURATIONS) if args.config == "all" else args.config.split(",")
     chosen = [configuration(name) for name in names]
-    hardware = _emulator(args.qemu)
-    for config in chosen:
-        if config.needs - hardware.features:
-            raise LabInputError(f"{config.name}: {hardware.name} has no {', '.join(config.needs - hardware.features)}")
-        if "apx" in config.needs:
-            _check_apx(hardware)
+    emulator = hardware(chosen, args.qemu)
     image = base_image(_say)
     stock = kernels(args) if any(not config.edits for config in chosen) else []
     return [
-        Cell(config, kernel, hardware, image, "tcg" if config.needs else outer_acceleration(config.extension))
+        Cell(config, kernel, emulator, image, "tcg" if config.needs else outer_acceleration(config.extension))
         for config in chosen
         for kernel in ([_edited(args, config)] if config.edits else stock)
     ]
+
+
+def hardware(chosen: Sequence[Configuration], which: str) -> Emulator:
+    """The emulator (``ours`` or ``system``) for these configurations, built and checked. LabError."""
+    emulator = _emulator(which)
+    for config in chosen:
+        if lacking := config.needs - emulator.features:
+            raise LabInputError(f"{config.name}: {emulator.name} has no {', '.join(sorted(lacking))}")
+    if any("apx" in config.needs for config in chosen):
+        _check_apx(emulator)
+    return emulator
 
 
 def _check_apx(hardware: Emulator) -> None:

@@ -17,8 +17,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal
@@ -87,6 +87,19 @@ class BuiltKernel:
     seconds: float  # what it took to build, when it was built
     missing: tuple[str, ...]  # lines of the configuration that the tree did not take
     already_there: tuple[str, ...]  # edits that the tree already contains
+    kept: Path | None = None  # the folder of what was made of the objects
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Something to be made of the objects of a kernel, and kept in the cache: ``make(build directory, folder)``.
+
+    ``kind`` is the cache's, ``version`` changes when ``make`` does.
+    """
+
+    kind: str
+    version: str
+    make: Callable[[Path, Path], None]
 
 
 def kernel_from_tree(
@@ -95,6 +108,7 @@ def kernel_from_tree(
     variant: Variant = "default",
     revision: str | None = None,
     edits: Sequence[Edit] = (),
+    keep: Keep | None = None,
     progress: Progress = quiet,
     jobs: int | None = None,
 ) -> BuiltKernel:
@@ -105,10 +119,30 @@ def kernel_from_tree(
     """
     with workspace(tree, variant=variant, progress=progress, jobs=jobs) as work:
         snapshot = work.copy.snapshot(revision)
-        fragments = [_CONFIGS / name for name in _FRAGMENTS[variant]]
-        key = digest(_RECIPE, snapshot, variant, *fragments, *(edit.digest for edit in edits), toolchain())
-        entry = cached("kernels", key, lambda folder: _make_entry(work, snapshot, edits, folder))
-    return _from_entry(entry, key, work)
+        key = kernel_key(snapshot, variant, edits)
+        fresh = False
+
+        def make(folder: Path) -> None:
+            nonlocal fresh
+            _make_entry(work, snapshot, edits, folder)
+            fresh = True
+
+        def make_kept(folder: Path) -> None:
+            assert keep is not None
+            if not fresh:  # the kernel was built some time ago, the objects are gone
+                work.checkout(snapshot, edits)
+                work.make_image()
+            keep.make(work.build, folder)
+
+        entry = cached("kernels", key, make)
+        kept = cached(keep.kind, digest(key, keep.version), make_kept) if keep is not None else None
+    return replace(_from_entry(entry, key, work), kept=kept)
+
+
+def kernel_key(snapshot: str, variant: Variant = "default", edits: Sequence[Edit] = ()) -> str:
+    """Changes with all that decides what a kernel becomes: source, edits, configuration, tools."""
+    fragments = [_CONFIGS / name for name in _FRAGMENTS[variant]]
+    return digest(_RECIPE, snapshot, variant, *fragments, *(edit.digest for edit in edits), toolchain())
 
 
 def _make_entry(work: Workspace, snapshot: str, edits: Sequence[Edit], folder: Path) -> None:

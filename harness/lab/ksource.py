@@ -76,14 +76,19 @@ def debian_source(series: str, progress: Progress = quiet) -> Path:
 def release_of(tree: Path) -> tuple[str, tuple[int, int]]:
     """(``"7.3.4"``, ``(7, 3)``) of a kernel tree's Makefile. Raises LabInputError when it has none."""
     try:
-        head = (tree / "Makefile").read_text(errors="replace")[:2000]
+        head = (tree / "Makefile").read_text(errors="replace")
     except OSError as error:
         raise LabInputError(f"{tree} is no Linux source tree: Makefile: {error.strerror}") from error
-    found = dict(re.findall(r"^(VERSION|PATCHLEVEL|SUBLEVEL|EXTRAVERSION) *= *(\S*)", head, re.MULTILINE))
+    return release_in(head, str(tree))
+
+
+def release_in(makefile: str, where: str) -> tuple[str, tuple[int, int]]:
+    """The same of a Makefile's text; ``where`` is what it is of, for errors."""
+    found = dict(re.findall(r"^(VERSION|PATCHLEVEL|SUBLEVEL|EXTRAVERSION) *= *(\S*)", makefile[:2000], re.MULTILINE))
     try:
         series = int(found["VERSION"]), int(found["PATCHLEVEL"])
     except (KeyError, ValueError) as error:
-        raise LabInputError(f"{tree} is no Linux source tree: its Makefile names no kernel version") from error
+        raise LabInputError(f"{where} is no Linux source tree: its Makefile names no kernel version") from error
     return f"{series[0]}.{series[1]}.{found.get('SUBLEVEL', '0')}{found.get('EXTRAVERSION', '')}", series
 
 
@@ -99,6 +104,13 @@ class PrivateCopy:
     def snapshot(self, revision: str | None) -> str:
         """Names the content of the tree as it is now, or of a revision of it. Raises LabInputError, LabError."""
         raise NotImplementedError
+
+    def environment(self) -> Mapping[str, str]:
+        """Variables by which git reads the tree's objects, and writes new ones into the copy's folder.
+
+        What they wrote, :meth:`snapshot` finds too. LabInputError when the tree is no git tree.
+        """
+        raise LabInputError(f"{self.tree} is no git tree: make one there (git init; git add --all; git commit)")
 
     def checkout(self, snapshot: str, edits: Iterable[Edit]) -> Edited:
         """Make the copy what ``snapshot`` names, with ``edits`` in it.
@@ -152,16 +164,27 @@ def private_copy(tree: Path) -> PrivateCopy:
 
 # --- git trees -------------------------------------------------------------------------------------------------------
 
+# Whatever the user has configured, git must neither start helpers nor leave out files.
+_PLAIN: Final = tuple(
+    word
+    for setting in ("core.fsmonitor=false", "core.splitIndex=false", "core.sparseCheckout=false",
+                    "core.hooksPath=/dev/null", "submodule.recurse=false", "advice.graftFileDeprecated=false")
+    for word in ("-c", setting)
+)  # fmt: skip
+
+
+def git(tree: Path, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """What git says about ``tree``; nothing there is written unless ``words`` ask for it.
+
+    ``environment`` is added to the user's, of which git's own variables are left out. Raises LabInputError with git's
+    words when it refuses, LabError when it is not there or the disk is full.
+    """
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"LC_ALL": "C"}
+    clean |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+    return _run(["git", "-C", str(tree), *_PLAIN, *words], cwd or tree, {**clean, **(environment or {})})
+
 
 class _GitCopy(PrivateCopy):
-    # Whatever the user has configured, this must neither start helpers nor leave out files.
-    _PLAIN: Final = tuple(
-        word
-        for setting in ("core.fsmonitor=false", "core.splitIndex=false", "core.sparseCheckout=false",
-                        "core.hooksPath=/dev/null", "submodule.recurse=false", "advice.graftFileDeprecated=false")
-        for word in ("-c", setting)
-    )  # fmt: skip
-
     def snapshot(self, revision: str | None) -> str:
         if revision is not None:
             return self._git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{tree}}").strip()
@@ -182,22 +205,17 @@ class _GitCopy(PrivateCopy):
             index.unlink(missing_ok=True)
         self._git(f"--work-tree={self.source}", "read-tree", "--reset", "-u", snapshot, index=index)
 
+    def environment(self) -> dict[str, str]:
+        own = self.folder / "objects"
+        own.mkdir(exist_ok=True)
+        theirs = git(self.tree, "rev-parse", "--path-format=absolute", "--git-path", "objects").strip()
+        return {"GIT_OBJECT_DIRECTORY": str(own), "GIT_ALTERNATE_OBJECT_DIRECTORIES": theirs}
+
     def _git(self, *arguments: str, index: Path | None = None) -> str:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"LC_ALL": "C"}
-        environment |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
-        if index is not None:
-            own = self.folder / "objects"
-            own.mkdir(exist_ok=True)
-            environment |= {"GIT_INDEX_FILE": str(index), "GIT_OBJECT_DIRECTORY": str(own)}
-            environment["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = self._objects()
-        git_dir = ["--git-dir", str(self._git_dir())] if arguments[0].startswith("--work-tree") else []
-        return _run(["git", "-C", str(self.tree), *git_dir, *self._PLAIN, *arguments], self.folder, environment)
-
-    def _git_dir(self) -> Path:
-        return Path(self._git("rev-parse", "--absolute-git-dir").strip())
-
-    def _objects(self) -> str:
-        return self._git("rev-parse", "--path-format=absolute", "--git-path", "objects").strip()
+        environment = self.environment() | ({"GIT_INDEX_FILE": str(index)} if index is not None else {})
+        where = git(self.tree, "rev-parse", "--absolute-git-dir").strip()
+        git_dir = ["--git-dir", where] if arguments[0].startswith("--work-tree") else []
+        return git(self.tree, *git_dir, *arguments, cwd=self.folder, environment=environment)
 
 
 # --- all others ------------------------------------------------------------------------------------------------------
@@ -311,5 +329,5 @@ def _run(command: list[str], cwd: Path, environment: Mapping[str, str] | None = 
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:6])
         if "No space left" in said:
             raise LabError(f"{cwd}: no space left: make room, or set KVM_HARNESS_CACHE elsewhere\n{said}")
-        raise LabInputError(f"{' '.join(command[:1])} says of {cwd if command[0] == 'make' else command[2]}: {said}")
+        raise LabInputError(f"{command[0]} says of {cwd if command[0] == 'make' else command[2]}: {said}")
     return done.stdout

@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -25,6 +26,7 @@ from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile, refused_instruction, write_profile
 from harness.lab.session import DEADLINE, Cell, CellRun, reader
 from harness.reference.machine import ReferenceMachine
+from harness.report.emit_c import EmitError, emit_c
 from harness.report.failure import failure_text
 from harness.report.junit import junit_report
 from harness.report.ktap import ktap_report
@@ -71,7 +73,12 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class Options:
-    """How cells are run."""
+    """How cells are run.
+
+    ``only`` are names of Cases, None for all. ``trace``: names of kernel functions; the journal tells which of them
+    were called. ``record``: the journal keeps all that Cases show. ``most_bad``: so many failures are enough, the rest
+    is not run; 0 for no limit. ``header``: goes into the journal's first line.
+    """
 
     tier: str = "full"
     select: str | None = None
@@ -79,6 +86,11 @@ class Options:
     machines: int = 2
     write_profile: bool = False
     deadline: float = DEADLINE  # seconds for each cell
+    only: frozenset[str] | None = None
+    trace: tuple[str, ...] = ()
+    record: bool = False
+    most_bad: int = 0
+    header: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, status: TextIO) -> CellOutcome:
@@ -94,7 +106,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             progress(f"{cell.name}: profile written to {path}")
     profile = demanded(profile, cell)
     plan = cell_plan(cell.configuration, profile, options.tier, progress)
-    selects = matcher(options.select or "")
+    selects = _selection(options)
     chosen = [n for n, name in enumerate(plan.names) if selects(name)]
     skipped = [s for s in plan.skipped if selects(s[0])]
     if not chosen and not skipped:
@@ -102,7 +114,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     header = {
         "host": f"Linux {cell.kernel.release} in {cell.emulator.name} ({cell.accel})", "device": "lab",
         "cell": cell.name, "configuration": cell.configuration.name, "kernel": cell.kernel.label,
-        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key,
+        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key, "chosen": len(chosen) + len(skipped),
+        **options.header,
     }  # fmt: skip
     journal = Journal(folder, header)
     line = StatusLine(cell.name, status)
@@ -124,6 +137,9 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             kept = folder / CASES_FOLDER / f"{case.id}.json"
             kept.parent.mkdir(exist_ok=True)
             kept.write_text(json.dumps(case.to_json()))
+            if shown < _SHOWN and result.difference is not None:
+                with suppress(EmitError):
+                    kept.with_suffix(".c").write_text(emit_c(case, result.difference, header["host"]))
             if (shown := shown + 1) <= _SHOWN:
                 line.clear()
                 text = result.summary
@@ -135,8 +151,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     arbiter = _Arbitration(cell)
     run = CellRun(
         cell, plan, profile, folder, take, known=load_known(release=cell.kernel.release), machines=options.machines,
-        fail_fast=options.fail_fast, deadline=options.deadline, arbiter=arbiter, progress=line.say(progress),
-        tick=lambda: line.update(run),
+        most_bad=1 if options.fail_fast else options.most_bad, deadline=options.deadline, arbiter=arbiter,
+        trace=options.trace, record=options.record, progress=line.say(progress), tick=lambda: line.update(run),
     )  # fmt: skip
     try:
         for name, id_, reason in skipped:
@@ -145,19 +161,25 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             run.run(chosen)
         for result in profile_results(profile, run):
             take_profile(outcome, journal, progress, result)
+        if run.probed is not None:
+            journal.append({"probed": run.probed.to_json()})
+        for index, steps in run.recorded.items():
+            journal.append({"recorded": plan.names[index], "steps": steps})
+        if options.trace:
+            journal.append({"executed": run.executed, "machines": run.tally.boots})
         if options.write_profile and (refused - {""} or endings):
             profile = replace(profile, lacks=profile.lacks | refused - {""}, outcomes=endings)
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: instructions that its emulator lacks added to {path}: {', '.join(sorted(refused))}")
             progress(f"{cell.name}: outcomes recorded in {path}: {len(endings)}")
-        if not run.tally.total or run.tally.done >= run.tally.total or options.fail_fast:
-            journal.append({"finished": True})
+        if not run.tally.total or run.tally.done >= run.tally.total or run.enough:
+            journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})
     except NoKvmError as error:
         take_profile(outcome, journal, progress, regressed("KVM", str(error)))
-        journal.append({"finished": True})
+        journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})
     except LabError as error:
         outcome.problem = str(error)
-        journal.append({"lost": str(error)})
+        journal.append({"lost": str(error), "error": type(error).__name__})
     finally:
         line.clear()
         arbiter.close()
@@ -175,6 +197,12 @@ def demanded(profile: Profile, cell: Cell) -> Profile:
     if not cell.kernel.has.intersection(cell.configuration.edits[:1]):
         return profile
     return replace(profile, outcomes={n: how for n, how in profile.outcomes.items() if n.startswith(EVEX_OPERANDS)})
+
+
+def _selection(options: Options) -> Callable[[str], bool]:
+    """Whether a Case is to be run, by its name."""
+    matches, only = matcher(options.select or ""), options.only
+    return matches if only is None else lambda name: name in only and matches(name)
 
 
 class _Arbitration:

@@ -166,7 +166,9 @@ class Tally:
 class CellRun:
     """Runs the Cases of a plan on a cell, on ``machines`` boots side by side. Results go to ``take`` as they arrive.
 
-    Each boot leaves its console in a folder of its own under ``folder``. Not to be used twice.
+    Each boot leaves its console in a folder of its own under ``folder``. ``trace`` are names of kernel functions of
+    which :attr:`executed` is to tell whether they were called; with ``record``, :attr:`recorded` holds all that Cases
+    show. ``most_bad`` failures are enough, if it is not 0. Not to be used twice.
     """
 
     def __init__(
@@ -179,16 +181,21 @@ class CellRun:
         *,
         known: Sequence[KnownDivergence] = (),
         machines: int = 2,
-        fail_fast: bool = False,
+        most_bad: int = 0,
         deadline: float = DEADLINE,
         arbiter: Callable[[Case, Result], Result] | None = None,
+        trace: Sequence[str] = (),
+        record: bool = False,
         progress: Progress = quiet,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.cell, self.plan, self.profile, self.folder = cell, plan, profile, folder
-        self._take, self.machines, self._fail_fast, self._progress = take, machines, fail_fast, progress
+        self._take, self.machines, self._most_bad, self._progress = take, machines, most_bad, progress
         self._judge = Judge(profile, known) if profile is not None else None
         self._arbiter, self._deadline, self._tick = arbiter, deadline, tick
+        self.trace, self.record = trace, record
+        self.recorded: dict[int, Any] = {}  # by index, if ``record``: all Observations of a Case, as JSON
+        self.executed: list[Mapping[str, Any]] = []  # of each machine that came to its end, if there is a ``trace``
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
         self._retried: set[int] = set()
@@ -198,6 +205,11 @@ class CellRun:
         self._probe_wanted = True
         self._stop = False
         self._problem: BaseException | None = None
+
+    @property
+    def enough(self) -> bool:
+        """``most_bad`` failures were found; the rest of the Cases was not run."""
+        return 0 < self._most_bad <= self.tally.bad
 
     # --- from outside ---
 
@@ -338,7 +350,7 @@ class CellRun:
             tally.checks += result.checks
             if result.verdict.status == 1:
                 tally.bad += 1
-                self._stop = self._stop or self._fail_fast
+                self._stop = self._stop or self.enough
             self._take(result, allowed)
 
 
@@ -363,6 +375,8 @@ class _Machine:
                     if run.plan is None or run.greeted(hello):
                         run.hello = hello
                         boot.send(wire.CHANNEL, b'{"probe": true}\n')
+                    if run.trace:
+                        boot.send(wire.CHANNEL, json.dumps({"trace": list(run.trace)}).encode() + b"\n")
                     for _ in range(_AHEAD):
                         self._order(boot)
                     self.begun = bool(self.hand)
@@ -379,12 +393,17 @@ class _Machine:
                     text, _, body = rest.partition(" ")
                     self._finished(int(text))
                     run.differed(int(text), json.loads(body))
+                case "=":
+                    text, _, body = rest.partition(" ")
+                    run.recorded[int(text)] = json.loads(body)
                 case "splat":
                     text, _, body = rest.partition(" ")
                     if found := find_splats(json.loads(body)):
                         run.splat(int(text), found[0].title)
                 case "done":
                     self._order(boot)
+                case "executed":
+                    run.executed.append(json.loads(rest))
                 case "no-kvm":
                     raise self._no_kvm(rest)
                 case "fault":
@@ -427,7 +446,7 @@ class _Machine:
         job = self.run.next_job()
         if job is not None:
             self.hand.append(job)
-            order = {"job": job.group, "only": list(job.indices), "careful": job.careful}
+            order = {"job": job.group, "only": list(job.indices), "careful": job.careful, "record": self.run.record}
             boot.send(wire.CHANNEL, json.dumps(order).encode() + b"\n")
 
     def _finished(self, index: int) -> None:

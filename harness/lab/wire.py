@@ -2,10 +2,12 @@
 
     outside -> inside                        inside -> outside
     {"job": G, "only": [I, ...] | null,      hello {...}       the KVM that was found (its name and CPUID)
-     "careful": bool}                        no-kvm TEXT       none that can be used
+     "careful": bool, "record": bool}        no-kvm TEXT       none that can be used
     {"probe": true}                          probed {...}      what it can do (Host.to_json)
-    {"end": true}                            + I CHECKS ALLOWED SECONDS   Case I of the plan agreed
+    {"trace": [NAME, ...]}                   + I CHECKS ALLOWED SECONDS   Case I of the plan agreed
+    {"end": true}                            executed {...}   which of the functions to trace (FunctionProfile.result)
                                              - I {...}         a Finding that is not clean
+                                             = I [[...], ...]  all that it showed, action by action (``record``)
                                              splat I {...}     the kernel log spoke up while Case I ran
                                              done G            job G is finished
                                              fault TEXT        the runner itself failed

@@ -17,7 +17,11 @@ _NAMES: Final = 5  # names after a count
 
 @dataclass(frozen=True)
 class Comparison:
-    """``changed``: (record in A, record in B) whose verdicts differ; ``rewritten``: the same name, other content."""
+    """``changed``: (record in A, record in B) whose verdicts differ; ``rewritten``: the same name, other content.
+
+    ``otherwise``: the same verdict, but not the same behaviour where the model allows several (undefined flags, how
+    many items an exit holds).
+    """
 
     a: RunResults
     b: RunResults
@@ -26,6 +30,7 @@ class Comparison:
     only_b: tuple[Record, ...]
     same: int
     rewritten: int
+    otherwise: tuple[Record, ...] = ()  # as in B
 
     @property
     def worse(self) -> bool:
@@ -50,7 +55,12 @@ def compare_runs(a: RunResults, b: RunResults) -> Comparison:
         a, b, tuple(changed), tuple(left[k] for k in left if k not in right),
         tuple(right[k] for k in right if k not in left), len(both) - len(changed),
         sum(1 for x, y in both if x["id"] != y["id"]),
+        tuple(y for x, y in both if x["verdict"] == y["verdict"] and x["id"] == y["id"] and _shown(x) != _shown(y)),
     )  # fmt: skip
+
+
+def _shown(record: Record) -> tuple[object, ...]:
+    return record["checks"], record.get("allowed", 0)
 
 
 def _by_name(run: RunResults, by_cell: bool) -> Mapping[tuple[str, str], Record]:
@@ -67,6 +77,11 @@ def comparison_text(found: Comparison) -> str:
             out.append(f"only in {name}: {len(records)} cases ({counts_text(records)}): {_names(records)}")
     if found.rewritten:
         out.append(f"{found.rewritten} cases have the same name but not the same content: another CPUID or harness")
+    if found.otherwise:
+        out.append(
+            f"{len(found.otherwise)} cases behave otherwise where the model allows it (undefined flags, batched I/O): "
+            f"{_names(found.otherwise)}"
+        )
     out.append(f"{len(found.changed)} verdicts changed, {found.same} are the same")
     return "\n".join(out) + "\n"
 

@@ -36,7 +36,7 @@ _MEANING: Final = {
     Verdict.AGREE: "as the architecture has it",
 }
 
-_STYLE: Final = """
+STYLE: Final = """
 :root { --ink: #1d2126; --soft: #5d6670; --line: #d9dee3; --page: #fff; --band: #f5f7f9;
   --good: #1a7f37; --goodbg: #e6f4ea; --bad: #b42318; --badbg: #fdecea; --note: #8a5a00; --notebg: #fdf3dc;
   --none: #5d6670; --nonebg: #eef1f4; }
@@ -82,7 +82,7 @@ def html_report(run: RunResults) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(words)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(words)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )

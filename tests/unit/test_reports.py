@@ -288,3 +288,14 @@ def test_probe_says_of_each_behaviour_whether_it_is_good():
     assert "  odd   prot32       the frame is elsewhere" in lines
     assert "  good  real" in lines
     assert "  pae          no; ends in Shutdown()" in lines
+
+
+def test_compare_tells_of_other_behaviour_that_is_allowed():
+    first = {**RECORDS[0], "verdict": "agree", "summary": ""}
+    found = compare_runs(run_of({**first, "allowed": 1}), run_of({**first, "allowed": 2}))
+    assert [r["case"] for r in found.otherwise] == [first["case"]]
+    assert found.status == 0
+    assert f"1 cases behave otherwise where the model allows it (undefined flags, batched I/O): {first['case']}" in (
+        comparison_text(found)
+    )
+    assert not compare_runs(run_of({**first, "allowed": 1}), run_of({**first, "allowed": 1})).otherwise

@@ -1,0 +1,1 @@
+"""A patch series, commit by commit: build, prove or run, coverage, verdict."""

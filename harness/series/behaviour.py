@@ -1,0 +1,143 @@
+"""What a kernel showed, Case by Case, against what it showed before: worse, better, or other but allowed.
+
+A recording is a journal's records by name. Where a Case agrees with the model, two equal recordings mean the same to
+the byte: the same number of exits, and the same checksum of what the model leaves open (harness.lockstep.Outcome).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from harness.report.views import BAD, Record, verdict_of
+from harness.verdict import Verdict
+
+Signature = tuple[str, str, int, int, str]
+
+_FAILS: Final = tuple(v for v in BAD if v is not Verdict.LOST)
+_RIGHT: Final = (Verdict.AGREE, Verdict.HEALED)
+_NUMBER: Final = re.compile(r"0x[0-9a-f]+|\d+")
+
+
+def signature(record: Record) -> Signature:
+    """All that a record tells of what the kernel did; equal if it did the same."""
+    summary = _settled(str(record["summary"]))
+    if verdict_of(record) is Verdict.SPLAT:  # line numbers, processes and addresses are not what makes it another one
+        summary = _NUMBER.sub("#", summary)
+    return (str(record["id"]), str(record["verdict"]), int(record["checks"]), int(record.get("allowed", 0)), summary)
+
+
+def _settled(summary: str) -> str:
+    """Without the console's path, which a splat's summary ends in."""
+    return summary.partition("; console: ")[0]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A Case that does not behave as before. ``before`` is None when it did not run before.
+
+    ``why``: what BASE showed and this kernel shows, where the model allows both.
+    """
+
+    name: str
+    before: Record | None
+    after: Record
+    why: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """What that means for the kernel: *regressed* too where it was right and now is excused or known."""
+        after = verdict_of(self.after)
+        if after in (Verdict.UNSUPPORTED, Verdict.KNOWN) and self.before is not None:
+            return Verdict.REGRESSED if verdict_of(self.before) in _RIGHT else after
+        return after
+
+    @property
+    def fails(self) -> bool:
+        """It is bad now, and was not, or not in this way."""
+        return self.verdict in _FAILS
+
+    @property
+    def mended(self) -> bool:
+        """It was bad and no longer is."""
+        return self.before is not None and verdict_of(self.before) in _FAILS and not self.fails
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"case": self.name, "before": self.before, "after": self.after, "why": self.why}
+
+
+@dataclass
+class Recording:
+    """What is known of a cell's kernel. ``flaky``: Cases that did not show the same twice, and are left out."""
+
+    records: dict[str, Record] = field(default_factory=dict)
+    flaky: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of_twice(cls, first: Mapping[str, Record], second: Mapping[str, Record]) -> Recording:
+        """From two runs of one kernel."""
+        made = cls(dict(first))
+        made.quarantine(second)
+        return made
+
+    def quarantine(self, again: Mapping[str, Record]) -> list[str]:
+        """Take note of one more run of the same kernel; the Cases that turn out to be flaky by it."""
+        found = []
+        for name, record in again.items():
+            old = self.records.get(name)
+            if name in self.flaky or (old is not None and signature(old) == signature(record)):
+                continue
+            if old is None:
+                self.records[name] = record
+                continue
+            self.flaky[name] = (_told(old), _told(record))
+            found.append(name)
+        return found
+
+    def failures(self) -> dict[str, Record]:
+        """What is bad, flaky ones aside."""
+        return {n: r for n, r in self.records.items() if verdict_of(r) in _FAILS and n not in self.flaky}
+
+    def changes(self, records: Mapping[str, Record]) -> list[Change]:
+        """What of ``records`` is not as it was, flaky and lost ones aside."""
+        out = []
+        for name, record in records.items():
+            old = self.records.get(name)
+            if name in self.flaky or verdict_of(record) is Verdict.LOST:
+                continue
+            if old is None or signature(old) != signature(record):
+                out.append(Change(name, old, record))
+        return out
+
+    def after(self, records: Mapping[str, Record]) -> Recording:
+        """The recording of the next kernel, of which ``records`` are all that was run."""
+        kept = {n: r for n, r in records.items() if verdict_of(r) is not Verdict.LOST}
+        return Recording({**self.records, **kept}, self.flaky)
+
+
+def _told(record: Record) -> str:
+    allowed = f", allowed {record['allowed']:#x}" if record.get("allowed") else ""
+    return f"{record['verdict']}, {record['checks']} checks{allowed} {_settled(str(record['summary']))}".strip()
+
+
+def change_text(change: Change) -> str:
+    """One line: what a Case showed before and shows now."""
+    if change.fails:
+        return f"{change.verdict.value}: {_settled(str(change.after['summary']))}"
+    if change.why:
+        return change.why
+    if change.before is None:
+        return f"not run before; now {_told(change.after)}"
+    old, new = signature(change.before), signature(change.after)
+    if old[1:3] == new[1:3] and old[4] == new[4]:
+        return "other values where the model allows several (undefined flags, segments that cannot be used)"
+    return f"{_told(change.before)} -> {_told(change.after)}"
+
+
+def worst_first(changes: Iterable[Change]) -> Iterator[Change]:
+    """Failures by precedence, then the rest."""
+    order = {v: n for n, v in enumerate(Verdict)}
+    return iter(sorted(changes, key=lambda c: (not c.fails, order[c.verdict])))

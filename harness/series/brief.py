@@ -1,0 +1,141 @@
+"""The words of a series' verdicts that every view of it uses."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from harness.report.views import CASES_FOLDER
+from harness.series.behaviour import Change, change_text, worst_first
+from harness.series.verdict import CellReport, Outcome, PatchReport, SeriesReport
+
+_MOST: Final = 6
+_SUBJECT: Final = 44
+
+HEADS: Final = ("#", "patch", "verdict", "builds", "code")
+TAILS: Final = ("reached", "behaviour", "layout")
+
+
+def row(patch: PatchReport, cells: Sequence[str]) -> list[str]:
+    """A patch in the table of patches by cells."""
+    by_name = {cell.cell: cell for cell in patch.cells}
+    return [
+        f"{patch.number}", short(patch.commit.subject), verdict(patch), builds(patch),
+        code(patch), *(cell_words(by_name.get(name)) for name in cells), reached(patch), patch.behaviour,
+        layout(patch),
+    ]  # fmt: skip
+
+
+def parts(patch: PatchReport) -> list[str]:
+    """``builds 12 s``, ``code 1 function``, ``svm full: agree``, ``reached 1/1``, ``behaviour same``, ``layout ok``."""
+    words = [f"builds {builds(patch)}", f"code {code(patch)}"]
+    words += [f"{cell.cell} {cell_words(cell)}" for cell in patch.cells if cell_words(cell) != "-"]
+    words += [f"reached {reached(patch)}"] if reached(patch) != "-" else []
+    return [*words, f"behaviour {patch.behaviour}", f"layout {layout(patch)}"]
+
+
+def joined(words: Sequence[str], width: int) -> list[str]:
+    """Words with dots between them, in lines of so many characters that break at dots only."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + 3 + len(word) > width:
+            lines[-1] += " ·"
+            lines.append("")
+        lines[-1] += f" · {word}" if lines[-1] else word
+    return lines
+
+
+def layout(patch: PatchReport) -> str:
+    """What became of the layout of registers; a dash where nothing was built."""
+    return patch.layout.brief if patch.builds and all(b.good for b in patch.builds) else "-"
+
+
+def short(subject: str) -> str:
+    """A subject in as much room as a table has."""
+    return textwrap.shorten(subject, _SUBJECT, placeholder="...")
+
+
+def builds(patch: PatchReport) -> str:
+    """``12 s`` or ``no``."""
+    bad = [b for b in patch.builds if not b.good]
+    return "no" if bad or not patch.builds else f"{sum(b.seconds for b in patch.builds):.0f} s"
+
+
+def code(patch: PatchReport) -> str:
+    """What became of the machine code."""
+    changed = [b.code for b in patch.builds if b.code is not None and not b.code.identical]
+    if changed:
+        return changed[0].brief
+    return "identical" if patch.identical else "-"
+
+
+def cell_words(cell: CellReport | None) -> str:
+    """``full: agree``; a dash for a cell that had nothing to do."""
+    if cell is None:
+        return "-"
+    if not cell.tier:
+        return "lost" if cell.problem else f"({len(cell.inherited)} inherited)" if cell.inherited else "-"
+    return f"{cell.tier}: {cell.brief}"
+
+
+def reached(patch: PatchReport) -> str:
+    """``3/4``: functions executed, of those that changed."""
+    found = patch.reached
+    total = len(found.executed) + len(found.never) + len(found.unknown)
+    return f"{len(found.executed)}/{total}" if total else "-"
+
+
+def verdict(patch: PatchReport) -> str:
+    """The outcome, with what is inherited."""
+    before = ", ".join(f"{'BASE' if not n else f'#{n}'}" for n in sorted(patch.inherited))
+    return f"{patch.outcome.value} (failures of {before} stay)" if before else patch.outcome.value
+
+
+def evidence(patch: PatchReport) -> Iterator[str]:
+    """What shows the first bad patch to be bad: Case, values, command, reproducer."""
+    for build in patch.builds:
+        if not build.good:
+            yield from (f"  {line}" for line in build.errors)
+            yield f"  all of the build's output: {build.log}"
+    for cell in patch.cells:
+        for change in list(worst_first(cell.failures or (cell.others if patch.outcome is Outcome.UNTRUE else [])))[:1]:
+            yield f"  {cell.cell}: {change.name}: {change_text(change)}"
+            yield from (f"    {line}" for line in how_to_see(cell, change))
+
+
+def how_to_see(cell: CellReport, change: Change) -> list[str]:
+    """The command that runs a failing Case again, and its files."""
+    case = Path(cell.folder) / CASES_FOLDER / f"{change.after['id']}.json"
+    lines = []
+    if change.after["id"]:
+        lines.append(f"again:      {cell.command.format(_quoted(change.name))}")
+    if case.exists():
+        lines.append(f"case:       {case}")
+    if case.with_suffix(".c").exists():
+        lines.append(f"reproducer: {case.with_suffix('.c')}")
+    return lines
+
+
+def _quoted(name: str) -> str:
+    return f"'{name}'"
+
+
+def inherited(cell: CellReport) -> str:
+    """Whose failures a cell still shows."""
+    origins = sorted(set(cell.inherited.values()))
+    whose = ", ".join("BASE" if not n else f"patch {n}" for n in origins)
+    count = len(cell.inherited)
+    return f"{count} failure{'s' * (count > 1)} as {whose} brought {'them' if count > 1 else 'it'}"
+
+
+def base_lines(report: SeriesReport) -> Iterator[str]:
+    for cell, failures in report.base_failures.items():
+        yield f"BASE fails by itself in {cell}: {len(failures)} cases, which no patch is blamed for:"
+        for name, record in list(failures.items())[:_MOST]:
+            yield f"  {record['verdict']}: {name}: {record['summary']}"
+    for cell, flaky in report.quarantined.items():
+        yield f"quarantined in {cell}, since BASE did not show the same twice:"
+        for name, (one, two) in flaky.items():
+            yield f"  {name}: {one} | {two}"

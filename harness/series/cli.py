@@ -1,0 +1,198 @@
+"""``kvm-harness series`` and ``kvm-harness bisect-run``: options, and everything that a run needs made ready."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from harness.lab.configurations import CONFIGURATIONS, Configuration, configuration
+from harness.lab.errors import LabInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Executor
+
+    from harness.series.git import PatchRange, Repository
+    from harness.series.line import CellLine
+    from harness.series.verdict import SeriesReport
+
+DEFAULT_CONFIGS: Final = "svm,svm-shadow,svm-emul"
+_BISECT_EXAMPLE: Final = (
+    "git bisect start BAD GOOD && git bisect run kvm-harness bisect-run --config svm-emul -k 'alu and long'"
+)
+_BISECT_STATUSES: Final = (
+    "exit status, for git bisect run: 0 good, 1 bad (splat, mismatch, regressed), 125 cannot be tested (does not "
+    "build, lost), 128 the command cannot be used as it is, 130 interrupted"
+)
+TIERS: Final = ("auto", "smoke", "full")
+_MACHINES: Final = 2
+
+
+def add_series(parser: argparse.ArgumentParser) -> None:
+    """Options of ``series``."""
+    parser.add_argument("range", nargs="?", metavar="BASE..TIP", help="the commits to validate, one after the other")
+    parser.add_argument("--mbox", type=Path, metavar="FILE", help="the series as it was mailed, instead of a range")
+    parser.add_argument("--base", metavar="REV", help="the commit that the patches of --mbox apply to")
+    add_common(parser)
+    parser.add_argument(
+        "--config", default=None, metavar="A,B",
+        help=f"configurations: {', '.join(CONFIGURATIONS)}; or all (default: {DEFAULT_CONFIGS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tier", choices=TIERS, default=None,
+        help="auto: full in configurations that reach changed code, smoke in the others (default); or one for all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="for the impatient: --config svm --tier smoke, unless given otherwise"
+    )
+    parser.add_argument(
+        "--second-config", action="store_true",
+        help="compare the code of the debug variant too, and run the smoke tier on it (lockdep, KASAN)",
+    )  # fmt: skip
+    parser.add_argument("--allow-dirty", action="store_true", help="leave uncommitted changes aside, without an error")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder for results (default: one under out/ for this series); the same command goes on where it was",
+    )  # fmt: skip
+
+
+def add_bisect_run(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bisect-run``."""
+    add_common(parser)
+    parser.add_argument("--config", default="svm", metavar="A,B", help="configurations (default: svm)")
+    parser.add_argument("--tier", choices=TIERS[1:], default="smoke", help="default: smoke")
+    parser.add_argument("-k", metavar="EXPR", help="only Cases whose name matches, as in pytest: 'gpr and long'")
+    parser.add_argument("--base", metavar="REV", help="a good commit: what fails there too does not count")
+    parser.add_argument(
+        "--same-behaviour", action="store_true", help="with --base: other behaviour is bad even where it is allowed"
+    )
+    parser.epilog = f"example: {_BISECT_EXAMPLE}\n\n{_BISECT_STATUSES}"
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of both verbs."""
+    parser.add_argument("--tree", type=Path, default=Path(), metavar="DIR", help="git checkout of Linux (default: .)")
+    parser.add_argument(
+        "--machines", type=int, default=_MACHINES, metavar="N", help=f"emulators of one cell (default: {_MACHINES})"
+    )
+    parser.add_argument("--jobs", type=int, default=None, metavar="N", help="compilers side by side (default: all)")
+    parser.add_argument("--qemu", default="ours", choices=("ours", "system"), help="which emulator (default: ours)")
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def chosen_configurations(text: str) -> list[Configuration]:
+    """Configurations by the words of ``--config``. LabInputError."""
+    names = list(CONFIGURATIONS) if text == "all" else text.split(",")
+    return [configuration(name) for name in dict.fromkeys(names)]
+
+
+def series(args: argparse.Namespace) -> int:
+    """The verb."""
+    from harness.series.git import Repository
+
+    if args.mbox is None:
+        if args.base is not None:
+            raise LabInputError("--base goes with --mbox: a range names its base itself, as in BASE..TIP")
+        if args.range is None:
+            raise LabInputError("give the series: a range BASE..TIP, or --mbox FILE --base REV")
+        repository = Repository(args.tree)
+        patches, title = repository.range(args.range), args.range
+    else:
+        if args.range is not None or args.base is None:
+            raise LabInputError("--mbox FILE goes with --base REV, the commit that its patches apply to, and no range")
+        repository, patches = _mailed(args)
+        title = f"{args.mbox.name} on {args.base}"
+    if not args.allow_dirty and args.mbox is None:
+        repository.check_clean()
+    return _validate(args, patches, title)
+
+
+def _mailed(args: argparse.Namespace) -> tuple[Repository, PatchRange]:
+    from harness.lab.kbuild import workspace
+    from harness.series.git import Repository
+    from harness.series.mbox import apply_mbox
+
+    base = Repository(args.tree).commit(args.base)
+    with workspace(args.tree, progress=say) as work:
+        tip = apply_mbox(work.copy, args.mbox, base, say)
+        repository = Repository(args.tree, work.copy.environment())
+        return repository, repository.range(f"{base.id}..{tip.id}")
+
+
+def _validate(args: argparse.Namespace, patches: PatchRange, title: str) -> int:
+    from harness.lab.cli import hardware
+    from harness.lab.image import base_image
+    from harness.series.live import Live
+    from harness.series.report import text_report
+    from harness.series.run import SeriesRun, Setup
+    from harness.series.state import Folder, default_folder
+
+    tier = args.tier or ("smoke" if args.quick else "auto")
+    configs = chosen_configurations(args.config or ("svm" if args.quick else DEFAULT_CONFIGS))
+    cells = _cells(configs, args.second_config)
+    about = {
+        "tree": str(args.tree.expanduser().resolve()), "base": patches.base.id,
+        "commits": [c.id for c in patches.commits], "cells": [c.name for c in cells], "tier": tier, "qemu": args.qemu,
+    }  # fmt: skip
+    with Folder(args.out or default_folder(about), about) as folder:
+        say(f"{title}: {len(patches.commits)} patches on {patches.base}; results: {folder.path}")
+        emulator = hardware(configs, args.qemu)
+        setup = Setup(
+            args.tree, title, patches, cells, emulator, base_image(say), _acceleration(cells), tier,
+            max(1, args.machines), args.jobs,
+        )  # fmt: skip
+        live = Live(patches.commits, [c.name for c in cells])
+        try:
+            with _pool(setup.machines) as pool:
+                report = SeriesRun(setup, folder, pool, live).run()
+        finally:
+            live.close()
+        print(text_report(report), end="")
+        _tell_files(folder.path, report)
+    return report.status
+
+
+def _cells(configs: Sequence[Configuration], second: bool) -> list[CellLine]:
+    from harness.series.builds import Flavour
+    from harness.series.line import CellLine
+
+    cells = [CellLine(c.name, c, Flavour("default", c.edits)) for c in configs]
+    if second:
+        cells += [CellLine(f"{c.name}-debug", c, Flavour("debug", c.edits)) for c in configs]
+    return cells
+
+
+def _acceleration(cells: Sequence[CellLine]) -> Mapping[str, str]:
+    from harness.lab.boot import outer_acceleration
+
+    return {
+        c.name: "tcg" if c.configuration.needs else outer_acceleration(c.configuration.extension) for c in cells
+    }
+
+
+@contextmanager
+def _pool(machines: int) -> Iterator[Executor]:
+    """The local pool; whatever ends the run ends its workers."""
+    from harness.series.cells import LocalPool, workers_for
+
+    pool = LocalPool(workers_for(machines))
+    try:
+        yield pool
+    except BaseException:
+        pool.stop()
+        say("what is finished is kept; the same command goes on from there")
+        raise
+    pool.shutdown()
+
+
+def _tell_files(folder: Path, report: SeriesReport) -> None:
+    names = ", ".join(f"report.{kind}" for kind in ("txt", "json", "ktap", "html"))
+    print(f"{names} in {folder}")

@@ -1,0 +1,113 @@
+"""A series as it was mailed: `git am` in a work tree of the lab's own, so that its commits can be built like others.
+
+The commits become objects beside the private copy of the user's tree; neither the user's checkout nor their
+repository learns of them. They come out the same whenever the same mails are applied to the same commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from harness.lab.cache import Progress
+from harness.lab.errors import LabInputError
+from harness.lab.ksource import PrivateCopy, git
+from harness.series.git import Commit, Repository
+
+_IDENTITY: Final = {"GIT_COMMITTER_NAME": "kvm-harness", "GIT_COMMITTER_EMAIL": "kvm-harness@localhost"}
+_FILE: Final = re.compile(rb"^(?:(?:---|\+\+\+) [ab]/|rename (?:from|to) |copy (?:from|to) )([^\t\r\n]+)", re.MULTILINE)
+_SPECIAL: Final = re.compile(r"[][*?!#\\ ]")  # in patterns of gitignore(5)
+_REJECT_LINES: Final = 40
+
+
+class ApplyError(LabInputError):
+    """A patch does not apply. The text names it, and shows what was rejected."""
+
+
+def apply_mbox(copy: PrivateCopy, mbox: Path, base: Commit, progress: Progress) -> Commit:
+    """The last commit of ``mbox`` on top of ``base``; it is found with ``copy.environment()``.
+
+    ``copy`` must be locked by the caller (harness.lab.kbuild.workspace). Raises LabInputError for what is no mailbox
+    with patches, ApplyError when a patch does not apply, LabError.
+    """
+    try:
+        mails = mbox.read_bytes()
+    except OSError as error:
+        raise LabInputError(f"{mbox}: {error.strerror}: give --mbox a file of patches as they were mailed") from error
+    files = {name.decode(errors="surrogateescape") for name in _FILE.findall(mails)}
+    if not files or not re.search(rb"^From[ :]", mails, re.MULTILINE):
+        raise LabInputError(
+            f"{mbox} holds no patch by mail: give what `git format-patch --stdout` or `b4 am` writes, or a mailbox "
+            "with the series"
+        )
+    with _work_tree(copy, files) as work:
+        progress(f"{mbox.name}: applying its patches to {base}")
+        work.checkout(base)
+        try:
+            work.git("am", "--quiet", "--empty=drop", "--committer-date-is-author-date", str(mbox.absolute()))
+        except LabInputError as error:
+            raise work.rejected(mbox, error) from error
+        tip = work.repository().commit("HEAD")
+    if tip.id == base.id:
+        raise LabInputError(f"{mbox} has no patch that changes anything")
+    return tip
+
+
+@contextlib.contextmanager
+def _work_tree(copy: PrivateCopy, files: set[str]) -> Iterator[_WorkTree]:
+    folder = copy.folder / "mail"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield _WorkTree(copy, folder, files)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _WorkTree:
+    """A repository of one branch, which borrows the user's objects, and only those files that patches touch."""
+
+    def __init__(self, copy: PrivateCopy, folder: Path, files: set[str]) -> None:
+        self.folder = folder
+        self._environment = {**copy.environment(), **_IDENTITY}
+        folder.mkdir()
+        git(folder, "init", "--quiet", ".")
+        shallow = Path(git(copy.tree, "rev-parse", "--path-format=absolute", "--git-path", "shallow").strip())
+        if shallow.is_file():
+            shutil.copyfile(shallow, folder / ".git" / "shallow")
+        patterns = "".join("/" + _SPECIAL.sub(r"\\\g<0>", name) + "\n" for name in sorted(files))
+        (folder / ".git" / "info").mkdir(exist_ok=True)
+        (folder / ".git" / "info" / "sparse-checkout").write_text(patterns, errors="surrogateescape")
+
+    def git(self, *words: str) -> str:
+        return git(self.folder, "-c", "core.sparseCheckout=true", *words, environment=self._environment)
+
+    def repository(self) -> Repository:
+        return Repository(self.folder, self._environment)
+
+    def checkout(self, commit: Commit) -> None:
+        self.git("checkout", "--quiet", "--detach", commit.id)
+
+    def rejected(self, mbox: Path, error: LabInputError) -> ApplyError:
+        """Which patch it was, and what of it has no place."""
+        state = self.folder / ".git" / "rebase-apply"
+        if not (state / "next").is_file():
+            return ApplyError(f"{mbox}: {error}")
+        number, last = ((state / name).read_text().strip() for name in ("next", "last"))
+        message = (state / "final-commit").read_text(errors="replace") if (state / "final-commit").is_file() else ""
+        subject = message.strip().partition("\n")[0] or "a mail without a subject"
+        with contextlib.suppress(LabInputError):
+            self.git("apply", "--reject", "--whitespace=nowarn", str(state / "patch"))
+        rejects = sorted(self.folder.rglob("*.rej"))
+        shown = "\n".join(path.read_text(errors="replace").rstrip() for path in rejects).splitlines()
+        words = re.sub(r"^hint:.*\n?", "", str(error), flags=re.MULTILINE).strip()
+        words = words.replace(f"git says of {self.folder}: ", "")
+        lines = [f"  {line}".rstrip() for line in shown[:_REJECT_LINES]]
+        if len(shown) > _REJECT_LINES:
+            lines.append(f"  ... and {len(shown) - _REJECT_LINES} more lines")
+        hint = "give --base the commit that the series was made on (its `base-commit:` line), or a rebased series"
+        head = f"{mbox}: mail {number} of {last} does not apply: {subject}"
+        return ApplyError("\n".join([head, words, *lines, hint]))

@@ -1,0 +1,186 @@
+"""A series as text for a mail, as KTAP and as JSON. (harness/series/page.py makes the page.)"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from harness.series import brief
+from harness.series.behaviour import change_text, worst_first
+from harness.series.coverage import reached_lines
+from harness.series.page import page
+from harness.series.state import write, write_text
+from harness.series.verdict import FORMAT, Outcome, PatchReport, SeriesReport
+
+WIDTH: Final = 100
+_MOST: Final = 6  # Cases told of one cell; all are in the JSON
+_MOST_LINES: Final = 24  # of what code changed, or of a compiler's words
+
+
+def write_reports(folder: Path, report: SeriesReport) -> None:
+    """Every view of what is known so far, into the series' folder. LabError when the disk is full."""
+    write_text(folder / "report.txt", text_report(report))
+    write(folder / "report.json", json_report(report))
+    write_text(folder / "report.ktap", ktap_report(report))
+    write_text(folder / "report.html", page(report))
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def text_report(report: SeriesReport) -> str:
+    """For a mail: the table, then what is to be said of each patch, the first bad one with all that shows it again."""
+    lines = [*_head(report), "", *_overview(report), "", *_conclusion(report)]
+    for patch in report.patches:
+        lines += ["", *patch_lines(patch, report)]
+    lines += ["", *brief.base_lines(report)]
+    lines.append(
+        f"{report.seconds:.0f} s in all, {report.compiling:.0f} s of it compiling; {report.host}; cells: "
+        f"{', '.join(report.cells)}"
+    )
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _head(report: SeriesReport) -> list[str]:
+    return [f"kvm-harness series {report.title}", f"BASE is {report.base}"]
+
+
+def _overview(report: SeriesReport) -> Iterator[str]:
+    """Two lines a patch: a table would be too wide for a mail."""
+    for patch in report.patches:
+        yield f"{patch.number:3d}  {patch.outcome.value:16s} {textwrap.shorten(patch.commit.subject, WIDTH - 24)}"
+        yield from (f"     {line}" for line in brief.joined(brief.parts(patch), WIDTH - 7))
+
+
+def _conclusion(report: SeriesReport) -> Iterator[str]:
+    first = report.first_bad
+    judged = len(report.patches)
+    if first is not None:
+        yield f"first bad patch: {first.number} of {report.planned}, {first.commit}: {first.outcome.value}"
+        yield from brief.evidence(first)
+    elif report.status:
+        lost = [str(p.number) for p in report.patches if p.outcome is Outcome.LOST]
+        why = f"patches {', '.join(lost)} were lost" if lost else "not every patch was judged"
+        yield f"no verdict: {why}; the same command goes on"
+    else:
+        yield f"all {judged} patches are good"
+    if not report.complete:
+        yield f"{judged} of {report.planned} patches judged so far"
+
+
+def patch_lines(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
+    """One patch in words."""
+    yield f"patch {patch.number}/{report.planned}: {patch.commit.subject}"
+    yield f"  {patch.commit.id} by {patch.commit.author}"
+    yield f"  verdict:   {brief.verdict(patch)}"
+    for build in patch.builds:
+        if build.good:
+            yield f"  builds:    yes ({build.flavour}, {build.seconds:.0f} s)"
+        else:
+            yield f"  builds:    no ({build.flavour}); the compiler says:"
+            yield from (f"    {line}" for line in build.errors[:_MOST_LINES])
+        if build.code is not None:
+            yield from (f"  {line}" for line in _first([*build.code.text], _MOST_LINES))
+            if build.code.against:
+                yield f"  (compared with {build.code.against}, the last one that built)"
+    yield from _cell_lines(patch)
+    if any(b.good and b.code is not None and not b.code.identical for b in patch.builds):
+        yield from _labelled("reached", reached_lines(patch.reached))
+    claims = "; the message says no functional change" if patch.commit.claims_no_change else ""
+    yield f"  behaviour: {patch.behaviour}{claims}"
+    for line in patch.layout.changed if patch.layout.good else patch.layout.text:
+        yield f"  layout:    {line}"
+
+
+def _cell_lines(patch: PatchReport) -> Iterator[str]:
+    for cell in patch.cells:
+        if cell.tier or cell.problem:
+            counts = ", ".join(f"{n} {v}" for v, n in cell.counts.items())
+            ran = f"{cell.tier}: {counts}; {cell.checks} checks, {cell.seconds:.0f} s" if cell.tier else "not run"
+            yield f"  {cell.cell + ':':10s} {ran}"
+        if cell.problem:
+            yield f"    lost: {cell.problem}"
+        for kind, changes in (("", cell.failures), ("changed: ", cell.others)):
+            shown = list(worst_first(changes))
+            for change in shown[:_MOST]:
+                yield f"    {kind}{change.name}: {change_text(change)}"
+            if len(shown) > _MOST:
+                yield f"    {kind}... and {len(shown) - _MOST} more"
+        if cell.inherited:
+            yield f"    {brief.inherited(cell)}"
+        if cell.quarantined:
+            yield from _labelled("  quarantined (flaky)", [", ".join(cell.quarantined)])
+
+
+def _labelled(label: str, lines: Sequence[str]) -> Iterator[str]:
+    for line in lines:
+        wrapped = textwrap.wrap(line, WIDTH - 13, break_long_words=False, break_on_hyphens=False)
+        for text in wrapped:
+            yield f"  {label + ':' if label else '':10s} {text}"
+            label = ""
+
+
+def _first(lines: list[str], most: int) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"  ... and {len(lines) - most} more lines"]
+
+
+# --- KTAP -------------------------------------------------------------------------------------------------------------
+
+
+def ktap_report(report: SeriesReport) -> str:
+    """The kernel's test format: a test for each patch, a subtest for each part of its verdict."""
+    lines = ["KTAP version 1", f"# {report.title}, BASE {report.base}", f"1..{report.planned}"]
+    for patch in report.patches:
+        tests = list(_ktap_tests(patch))
+        lines += ["  KTAP version 1", f"  # Subtest: {_ktap(patch.commit.subject)}", f"  1..{len(tests)}"]
+        for number, (good, name, note, diagnosis) in enumerate(tests, 1):
+            lines += [f"  # {_ktap(text)}" for text in diagnosis]
+            lines.append(f"  {'ok' if good else 'not ok'} {number} {_ktap(name)}" + (f" # {note}" if note else ""))
+        good = patch.outcome is Outcome.GOOD
+        note = " # ERROR lost" if patch.outcome is Outcome.LOST else ""
+        name = f"{patch.commit.short} {_ktap(patch.commit.subject)}"
+        lines.append(f"{'ok' if good else 'not ok'} {patch.number} {name}{note}")
+    lines += [f"not ok {n} # ERROR not judged" for n in range(len(report.patches) + 1, report.planned + 1)]
+    return "\n".join(lines) + "\n"
+
+
+def _ktap_tests(patch: PatchReport) -> Iterator[tuple[bool, str, str, list[str]]]:
+    for build in patch.builds:
+        yield build.good, f"builds {build.flavour}", "", [*build.errors]
+    for cell in patch.cells:
+        what = [f"{c.name}: {change_text(c)}" for c in worst_first(cell.failures)]
+        if cell.tier:
+            said = [*what[:_MOST], *filter(None, [cell.problem])]
+            yield not cell.failures and not cell.problem, f"{cell.cell} {cell.tier}", "", said
+        else:
+            note = "ERROR lost" if cell.problem else "SKIP identical code" if patch.identical else "SKIP not run"
+            yield not cell.problem, cell.cell, note, [*filter(None, [cell.problem])]
+    yield patch.outcome is not Outcome.UNTRUE, "behaviour", "" if patch.cells else "SKIP not run", [
+        f"{c.name}: {change_text(c)}" for cell in patch.cells for c in cell.others
+    ][:_MOST]
+    yield patch.layout.good, "layout", "", [*patch.layout.text] if not patch.layout.good else []
+
+
+def _ktap(text: str) -> str:
+    return " ".join(text.split()).replace("#", ".")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def json_report(report: SeriesReport) -> dict[str, Any]:
+    """Everything, for programs."""
+    first = report.first_bad
+    return {
+        "kvm-harness-series": FORMAT, "title": report.title, "base": report.base.id, "cells": list(report.cells),
+        "status": report.status, "complete": report.complete, "planned": report.planned,
+        "first bad": first.commit.id if first is not None else None,
+        "patches": [p.to_json() for p in report.patches],
+        "quarantined": {cell: {n: list(t) for n, t in found.items()} for cell, found in report.quarantined.items()},
+        "base failures": {cell: list(found.values()) for cell, found in report.base_failures.items()},
+        "seconds": round(report.seconds, 1), "compiling": round(report.compiling, 1), "host": report.host,
+    }  # fmt: skip
+
+
