@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -49,6 +49,10 @@ class CodeRecord:
     objects: Mapping[str, ObjectRecord]
     compiler: str
     configuration: str
+
+    def item(self, file: str, symbol: str) -> Item:
+        """One item of one object. Raises StopIteration when it is not there."""
+        return next(item for item in self.objects[file].items if item.key == symbol)
 
     def users(self, file: str, symbol: str) -> tuple[str, ...]:
         """The functions that refer to a data object, themselves or by way of other data."""
@@ -208,7 +212,7 @@ def compare(old: CodeRecord, new: CodeRecord) -> CodeChange:
         removed=tuple(d for d in found if d.new_size is None),
         moved=tuple(moved),
         renamed=tuple(renamed),
-        notes=tuple(_notes(old, new)),
+        notes=(*_elsewhere(found, old, new), *_notes(old, new)),
     )
 
 
@@ -256,6 +260,19 @@ def _line(d: Difference) -> str:
 def _listed(head: str, names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return head + ", ".join(names[:_SHOWN]) + more
+
+
+def _elsewhere(found: Sequence[Difference], old: CodeRecord, new: CodeRecord) -> Iterator[str]:
+    """What went from one object to another as it was. Still a difference, but one that says what it is."""
+    gone = {d.symbol: d.file for d in found if d.new_size is None and d.kind in ("function", "data")}
+    same: list[str] = []
+    for d in found:
+        if d.old_size is None and d.symbol in gone:
+            before, after = old.item(gone[d.symbol], d.symbol), new.item(d.file, d.symbol)
+            if (before.shape, before.targets) == (after.shape, after.targets):
+                same.append(f"{d.symbol} ({gone[d.symbol]} → {d.file})")
+    if same:
+        yield _listed("the same in another object: ", same)
 
 
 def _notes(old: CodeRecord, new: CodeRecord) -> Iterator[str]:

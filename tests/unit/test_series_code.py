@@ -201,6 +201,16 @@ def test_object_of_its_own(change: Change) -> None:
     assert symbols(change(both, TWO)) == {"removed": ["extra", "more"]}
 
 
+def test_function_that_goes_to_another_file_is_told(change: Change) -> None:
+    moved = "int moved(int x) { return x * 77; }"
+    found = change({"a.c": TWO["a.c"] + moved, "b.c": TWO["b.c"]}, {"a.c": TWO["a.c"], "b.c": TWO["b.c"] + moved})
+    assert symbols(found) == {"removed": ["moved"], "added": ["moved"]}
+    assert "the same in another object: moved (a.o → b.o)" in found.text()
+    other = moved.replace("77", "78")
+    found = change({"a.c": TWO["a.c"] + moved, "b.c": TWO["b.c"]}, {"a.c": TWO["a.c"], "b.c": TWO["b.c"] + other})
+    assert "the same in another object" not in found.text()
+
+
 SWITCH = "int pad(int x) { return x + 1; }\nint f(int n) { switch (n) {\n" + "".join(
     f"case {n}: {('enter', 'leave', 'other')[n % 3]}({n * n}); return {n * 31 % 17};\n" for n in range(12)
 ) + "} return 9; }\nint g(int x) { return x * 3; }"  # fmt: skip
