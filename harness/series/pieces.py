@@ -63,6 +63,9 @@ _LONGEST: Final = 160  # characters of a string literal that are shown as they a
 _FILL: Final = re.compile(
     rb"(?:[\x00\x90\xcc]|\x66\x90|\x66*\x2e?\x0f\x1f(?:\x00|\x40.|\x44..|\x80.{4}|\x84.{5}))*", re.DOTALL
 )
+# How KASAN describes a stack frame in its reports: per variable offset, size, length of the name, name:line.
+_FRAME: Final = re.compile(rb"\d+(?: \d+ \d+ \d+ [^\s:]+:\d+)+ ?")
+_VARIABLE: Final = re.compile(rb" (\d+ \d+) \d+ [^\s:]+:\d+")
 # Opcodes of near calls and jumps; what follows them is the displacement.
 _JUMP: Final = re.compile(rb"[\xe8\xe9]|\x0f[\x80-\x8f]|\xeb", re.DOTALL)
 
@@ -407,6 +410,8 @@ def _tail(code: bytes, offset: int) -> int:
 
 
 def _quoted(content: bytes) -> str:
+    if _FRAME.fullmatch(content):
+        content = b"KASAN frame " + _VARIABLE.sub(rb" \1", content)
     text = content.decode("utf-8", "backslashreplace")
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}… {hashlib.sha256(content).hexdigest()[:24]}"

@@ -31,16 +31,16 @@ Change = Callable[[str | Mapping[str, str], str | Mapping[str, str]], CodeChange
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Callable[[str | Mapping[str, str]], CodeRecord]:
+def build(tmp_path: Path) -> Callable[..., CodeRecord]:
     numbers = itertools.count()
 
-    def make(sources: str | Mapping[str, str]) -> CodeRecord:
+    def make(sources: str | Mapping[str, str], *more: str) -> CodeRecord:
         folder = tmp_path / str(next(numbers))
         folder.mkdir()
         objects = {}
         for name, text in ({"a.c": sources} if isinstance(sources, str) else sources).items():
             (folder / name).write_text(PRELUDE * name.endswith(".c") + text)
-            subprocess.run(["gcc", *FLAGS, "-c", name], cwd=folder, check=True)
+            subprocess.run(["gcc", *FLAGS, *more, "-c", name], cwd=folder, check=True)
             objects[name[:-2] + ".o"] = record_object((folder / name).with_suffix(".o"))
         return CodeRecord(objects, "gcc", "CONFIG_X=y")
 
@@ -48,7 +48,7 @@ def build(tmp_path: Path) -> Callable[[str | Mapping[str, str]], CodeRecord]:
 
 
 @pytest.fixture
-def change(build: Callable[[str | Mapping[str, str]], CodeRecord]) -> Change:
+def change(build: Callable[..., CodeRecord]) -> Change:
     return lambda old, new: compare(build(old), build(new))
 
 
@@ -129,6 +129,19 @@ def test_function_at_another_place_is_told_and_no_change(change: Change) -> None
     found = change("\n".join([*parts, user]), "\n".join([parts[1], parts[2], parts[0], parts[3], user]))
     assert found.identical
     assert [d.symbol for d in found.moved] == ["f0"]
+
+
+FRAME = "void fill(int *); int f(void) { int one[4], two; fill(one); fill(&two); return one[1] + two; }"
+
+
+def test_names_of_variables_in_kasans_frames_are_none(build: Callable[..., CodeRecord]) -> None:
+    flags = ("-fsanitize=kernel-address", "-fasan-shadow-offset=0xdffffc0000000000", "--param=asan-stack=1",
+             "--param=asan-instrumentation-with-call-threshold=10000")  # fmt: skip
+    old = build(FRAME, *flags)
+    texts = [t for o in old.objects.values() for item in o.items for t in item.targets if "KASAN frame" in t]
+    assert len(texts) == 1
+    assert compare(old, build("/* Two\n * lines. */\n" + FRAME.replace("two", "second"), *flags)).identical
+    assert not compare(old, build(FRAME.replace("one[4]", "one[5]"), *flags)).identical
 
 
 # --- what is one
@@ -225,7 +238,7 @@ def test_jump_table_of_a_switch(change: Change) -> None:
     assert not found.identical
 
 
-def test_only_the_jump_table_differs(build: Callable[[str], CodeRecord], tmp_path: Path) -> None:
+def test_only_the_jump_table_differs(build: Callable[..., CodeRecord], tmp_path: Path) -> None:
     """The same instructions, two entries exchanged."""
     old = build(SWITCH)
     path = tmp_path / "0" / "a.o"
@@ -351,7 +364,7 @@ def test_order_of_functions_counts_in_assembly(change: Change) -> None:
     assert not change({"a.S": "".join(halves)}, {"a.S": "".join(reversed(halves))}).identical
 
 
-def test_order_of_objects_counts(build: Callable[[Mapping[str, str]], CodeRecord]) -> None:
+def test_order_of_objects_counts(build: Callable[..., CodeRecord]) -> None:
     old = build(TWO)
     new = CodeRecord(dict(reversed(old.objects.items())), old.compiler, old.configuration)
     found = compare(old, new)
@@ -366,7 +379,7 @@ EVERYTHING = CALLS + OPCODES + SWITCH.replace("int f(", "int s(") + STRINGS.repl
 )  # fmt: skip
 
 
-def test_every_byte_counts(build: Callable[[str], CodeRecord], tmp_path: Path) -> None:
+def test_every_byte_counts(build: Callable[..., CodeRecord], tmp_path: Path) -> None:
     """Each byte of each section, inverted: a difference, but for line numbers, alignment, and what relocations fill."""
     old = build(EVERYTHING)
     path = tmp_path / "0" / "a.o"
@@ -395,7 +408,7 @@ def test_every_byte_counts(build: Callable[[str], CodeRecord], tmp_path: Path) -
     assert not {offset for name, offset in unseen if name == ".text"} & covered
 
 
-def test_every_relocation_counts(build: Callable[[str], CodeRecord], tmp_path: Path) -> None:
+def test_every_relocation_counts(build: Callable[..., CodeRecord], tmp_path: Path) -> None:
     """Each relocation of a section that is loaded, with another addend, another symbol, another type."""
     old = build(EVERYTHING)
     path = tmp_path / "0" / "a.o"
@@ -426,7 +439,7 @@ def test_every_relocation_counts(build: Callable[[str], CodeRecord], tmp_path: P
 # --- records
 
 
-def test_record_goes_through_json(build: Callable[[str], CodeRecord]) -> None:
+def test_record_goes_through_json(build: Callable[..., CodeRecord]) -> None:
     found = build(EVERYTHING)
     again = CodeRecord.from_json(json.loads(json.dumps(found.to_json())))
     assert again == found
@@ -441,7 +454,7 @@ def test_change_goes_to_json(change: Change) -> None:
     assert found["changed"][0]["symbol"] == "opcode_table"
 
 
-def test_other_compiler_and_configuration_are_told(build: Callable[[str], CodeRecord]) -> None:
+def test_other_compiler_and_configuration_are_told(build: Callable[..., CodeRecord]) -> None:
     old = build("int f;")
     text = compare(old, CodeRecord(old.objects, "clang", "CONFIG_X=y\nCONFIG_Y=y")).text()
     assert "compilers differ: gcc and clang" in text
@@ -455,7 +468,7 @@ def test_file_that_is_no_object(tmp_path: Path, content: bytes) -> None:
         record_object(tmp_path / "a.o")
 
 
-def test_damaged_object(build: Callable[[str], CodeRecord], tmp_path: Path) -> None:
+def test_damaged_object(build: Callable[..., CodeRecord], tmp_path: Path) -> None:
     build(CALLS)
     path = tmp_path / "0" / "a.o"
     path.write_bytes(path.read_bytes()[:-200])
