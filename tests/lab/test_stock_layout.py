@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.lab.bzimage import release_of
+from harness.lab.cache import area
 from harness.lab.kernel import debian_kernel
 from harness.series.layout import check, violated
 from harness.series.typeinfo import LayoutError, file_layout
@@ -13,10 +15,10 @@ from harness.series.typeinfo import LayoutError, file_layout
 
 def package(series: str) -> tuple[Path, Path]:
     """(kernel image, kvm.ko) of Debian's kernel."""
-    kernel = debian_kernel(series, print)
-    root = kernel.image.parent.parent if kernel.image.parent.name == "boot" else kernel.image.parent
-    (module,) = root.rglob("kvm.ko*")
-    return kernel.image, module
+    release = debian_kernel(series, print).release
+    (module,) = area("kernel").rglob(f"{release}/kernel/arch/x86/kvm/kvm.ko*")
+    (image,) = (path for path in area("kernel").rglob("vmlinuz*") if release_of(path) == release)
+    return image, module
 
 
 @pytest.mark.parametrize(("series", "rip", "eraps"), [
