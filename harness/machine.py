@@ -53,6 +53,7 @@ from harness.vm import RUN_LIMIT, SYNC, Kvm, KvmUnusableError, RunTimeoutError, 
 
 Sections = tuple[str, ...]
 _HALT: Final = Halt()
+_NO_PKRU: Final = bytes(4)
 _INTERRUPTED: Final = Interrupted()
 KICK_AFTER: Final = 0.01
 """Seconds that a guest runs before it is kicked: some thousand times around its loop, even emulated."""
@@ -148,7 +149,7 @@ class KvmMachine:
         self._packer = Packer()
         self._case: Case | None = None
         self._warm: Warm | None = None
-        self._vcpus: list[Vcpu] = []  # the Case's, its own first
+        self._vcpus: list[Vcpu] = []  # the Case's, its own first, if it has several
         self._current: Vcpu | None = None
         self._poisoned = False  # the current vCPU went astray
         self._pending = False  # an operation waits for KVM_RUN to complete it; the next Case's would
@@ -156,7 +157,8 @@ class KvmMachine:
         self._sections: Sections = ()
         self._shared: Sections = ()
         self._unmirrored: Sections = ()
-        self._msrs: tuple[tuple[int, int], ...] = ()
+        self._msrs: tuple[tuple[int, int], ...] | None = None
+        self._requires: frozenset[str] = frozenset()
         self._msr_indices: tuple[int, ...] = ()
 
     # --- life ---
@@ -175,30 +177,47 @@ class KvmMachine:
 
     def load(self, case: Case) -> None:
         """Give the Case its VM, RAM and start state. KvmError or LookupError when this KVM refuses some of it."""
-        if self._warm is not None and (self._poisoned or self._pending or may_be_nested(self._warm.seen)):
-            self._pool.drop(self._warm)
+        warm, start = self._warm, case.start
+        if warm is None or self._poisoned or self._pending or not warm.serves(case.shape, case.profile):
+            warm = self._other_vm(case)
+        self._poisoned = True  # until the start state is in whole
+        self._case, self._current, self._reads = case, warm.vcpu, 0
+        if start.msrs is not self._msrs or case.requires is not self._requires:
+            self._choose_sections(case)
+        warm.load(case.memory)
+        self._set_start(warm, start)
+        self._vcpus = []
+        if case.others:
+            self._add_vcpus(warm, case)
+        else:
+            self._poisoned = False
+
+    def _other_vm(self, case: Case) -> Warm:
+        """A VM of the pool, and the last one back to it if it is still good."""
+        last = self._warm
+        if last is not None and (self._poisoned or self._pending or may_be_nested(last.seen)):
+            self._pool.drop(last)
         self._warm = self._current = None
-        self._poisoned, self._pending = True, False  # poisoned until the start state is in whole
+        self._pending = False
         warm = self._warm = self._pool.get(case.shape, case.profile)
-        self._case = case
-        self._reads = 0
+        return warm
+
+    def _choose_sections(self, case: Case) -> None:
         names = case_sections(case)
+        self._msrs, self._requires = case.start.msrs, case.requires
+        self._msr_indices = tuple([index for index, _ in self._msrs])
         if names is not self._sections:
             self._sections, self._shared = names, tuple(name for name in SHARED if name in names)
             self._unmirrored = tuple(name for name in names if name not in ("regs", "sregs2", "events"))
-        msrs = case.start.msrs
-        if msrs is not self._msrs:
-            self._msrs, self._msr_indices = msrs, tuple([index for index, _ in msrs])
-        warm.load(case.memory)
-        self._current = warm.vcpu
-        self._set_start(warm, case.start)
+
+    def _add_vcpus(self, warm: Warm, case: Case) -> None:
+        """Those beside the Case's own. A VM of several vCPUs serves one Case: it stays poisoned."""
         self._vcpus = [warm.vcpu]
         for number, other in enumerate(case.others, 1):
             vcpu = Vcpu(warm.vm, other.profile or case.profile, number)
             warm.others.append(vcpu)
             self._vcpus.append(vcpu)
             self._put_state(vcpu, other.start)
-        self._poisoned = bool(case.others)  # a VM of several vCPUs serves one Case
 
     @property
     def vcpu(self) -> Vcpu:
@@ -219,7 +238,7 @@ class KvmMachine:
             if seen.get(name) != data:
                 vcpu.put(name, data)
         vcpu.run_page.cr8 = start.cr8  # without an in-kernel APIC, KVM_RUN takes CR8 from here (api.rst section 5)
-        if start.pkru or any(warm.pkru):  # in no section that observations hold
+        if start.pkru or warm.pkru != _NO_PKRU:  # in no section that observations hold
             warm.pkru = pack_sections(start, ("pkru",))["pkru"]
             vcpu.put("pkru", warm.pkru)
         if self._sync:

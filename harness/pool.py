@@ -51,6 +51,10 @@ class Warm:
         self._ram.clear()
         self.vm.close()
 
+    def serves(self, shape: VmShape, profile: CpuProfile) -> bool:
+        """Whether this is the VM for such a Case; not once its guest may have nested state, which no section shows."""
+        return self.vm.shape is shape and self.vcpu.profile is profile and not may_be_nested(self.seen)
+
     # --- registers ---
 
     @property
@@ -178,7 +182,7 @@ class Packer:
 
     def rest(self, state: CpuState, names: tuple[str, ...]) -> tuple[tuple[str, bytes], ...]:
         """``names``, of :data:`SHARED`, with their bytes."""
-        key = (names, state.gpr[16:], _INPUTS(state))
+        key = (names, _INPUTS(state), state.gpr[16:] if "egpr" in names else ())
         if self._key != key:
             self._packed, self._key = tuple(pack_sections(state, names).items()), key
         return self._packed

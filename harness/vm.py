@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from threading import get_ident
+from time import monotonic
 from types import TracebackType
 from typing import Final, Self
 
@@ -36,6 +38,8 @@ RUN_LIMIT: Final = 5.0
 """Seconds that one KVM_RUN may take. The longest guest of the suite takes milliseconds, minutes are a hang."""
 
 _KICK: Final = signal.SIGRTMIN + 3
+_RUN: Final = k.KVM_RUN
+_NEVER: Final = math.inf
 _XSAVE_HEADER: Final = 512
 _APX, _PKRU = 19, 9
 
@@ -80,7 +84,7 @@ class _Watchdog:
     def _watch(self) -> None:
         while True:
             time.sleep(0.05)
-            now = time.monotonic()
+            now = monotonic()
             with self._lock:
                 late = [vcpu for vcpu in self._vcpus if now > vcpu.deadline]
             for vcpu in late:
@@ -266,11 +270,11 @@ class Vcpu(_Owner):
         self.epoch = 0  # counts what may have changed the vCPU or RAM
         self._expired = False
         self._xsave = k.xsave(vm.kvm.xsave_size)
-        self._buffers = {name: bytearray(size) for name, (_, _, size) in _STRUCTURES.items()}
+        self._buffers = {name: (get, bytearray(size)) for name, (get, _, size) in _STRUCTURES.items()}
         self._xcrs = bytearray(ctypes.sizeof(k.kvm_xcrs))
         self._egpr_offset = profile.xsave_offset(_APX) if profile else None
         self._pkru_offset = profile.xsave_offset(_PKRU) if profile else None
-        self.deadline, self.thread = math.inf, 0
+        self.deadline, self.thread = _NEVER, 0
         _WATCHDOG.watch(self)
         try:
             if profile is not None:
@@ -300,13 +304,13 @@ class Vcpu(_Owner):
         Raises RunTimeoutError after ``limit`` seconds, KvmError for EIO (the kernel killed the VM) and the like.
         """
         self.epoch += 1
-        self.thread = threading.get_ident()
-        self.deadline = time.monotonic() + limit
+        self.thread = get_ident()
+        self.deadline = monotonic() + limit
         try:
             while True:
                 try:
                     self._dirty = False
-                    ioctl(self.fd, k.KVM_RUN)
+                    ioctl(self.fd, _RUN)
                     self._mirrored = True
                     return self.run_page.exit_reason
                 except (InterruptedError, BlockingIOError):
@@ -315,7 +319,7 @@ class Vcpu(_Owner):
                         self.run_page.immediate_exit = 0
                         raise RunTimeoutError(f"the guest did not leave KVM_RUN within {limit:g} s") from None
         finally:
-            self.deadline = math.inf
+            self.deadline = _NEVER
 
     def complete(self, limit: float = RUN_LIMIT) -> int | None:
         """Complete the pending operation without running on. None, or the reason of a further exit that it led to.
@@ -324,12 +328,12 @@ class Vcpu(_Owner):
         userspace has re-entered the kernel with KVM_RUN".
         """
         self.epoch += 1
-        self.thread = threading.get_ident()
-        self.deadline = time.monotonic() + limit
+        self.thread = get_ident()
+        self.deadline = monotonic() + limit
         self.run_page.immediate_exit = 1
         self._dirty, self._mirrored = False, True  # KVM stores into kvm_run on EINTR too
         try:
-            ioctl(self.fd, k.KVM_RUN)
+            ioctl(self.fd, _RUN)
             return self.run_page.exit_reason
         except InterruptedError:
             if self._expired:
@@ -338,7 +342,7 @@ class Vcpu(_Owner):
             return None
         finally:
             self.run_page.immediate_exit = 0
-            self.deadline = math.inf
+            self.deadline = _NEVER
 
     def io_data(self, offset: int, size: int) -> memoryview:
         """The bytes of a port I/O exit inside the shared mapping."""
@@ -393,9 +397,10 @@ class Vcpu(_Owner):
         """Read a section. KvmError when this KVM cannot; KeyError for a name not in harness.state.SECTIONS."""
         if self._dirty:
             self._flush()
-        buffer = self._buffers.get(name)
-        if buffer is not None:
-            transfer(self.fd, _STRUCTURES[name][0], buffer)
+        found = self._buffers.get(name)
+        if found is not None:
+            request, buffer = found
+            transfer(self.fd, request, buffer)
             return bytes(buffer)
         return _GETTERS[name](self)
 
@@ -436,8 +441,9 @@ class Vcpu(_Owner):
             raise LookupError(f"KVM_SET_MSRS refused MSR {values[done][0]:#x} = {values[done][1]:#x}")
 
     def _get_xcr0(self) -> bytes:
-        transfer(self.fd, k.KVM_GET_XCRS, self._xcrs)
-        return bytes(self._xcrs[_XCR0]) if self._xcrs[0] else _XCR0_RESET  # nr_xcrs, 16 at most
+        xcrs = self._xcrs
+        transfer(self.fd, k.KVM_GET_XCRS, xcrs)
+        return bytes(xcrs[_XCR0]) if xcrs[0] else _XCR0_RESET  # nr_xcrs, 16 at most
 
     def _put_xcr0(self, data: bytes) -> None:
         buffer = k.kvm_xcrs(nr_xcrs=1)
