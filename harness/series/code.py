@@ -7,9 +7,9 @@ Equal means equal for this configuration and compiler: the same instructions and
 What does not count, and why:
 
 - line numbers in ``__bug_table``: where a WARN() stands in its file moves with every line added above it. So do names
-  and lines of variables in the texts by which KASAN describes stack frames. Elsewhere a line number is an operand or
-  data like any other (``might_sleep()``, lockdep in the debug variant): there it does count, for nothing tells it from
-  other numbers, and a kernel that is run once too often is the lesser evil;
+  and lines of variables in what KASAN says of stack frames and registers of global variables. Elsewhere a line number
+  is an operand like any other (``might_sleep()``, lockdep's RCU checks, both in the debug variant): there it does
+  count, for nothing tells it from other numbers, and a kernel that is run once too often is the lesser evil;
 - names of symbols, if all that refer to one are consistent: they are listed as renamed; so is the text of ``__func__``;
 - numbers that compiler and macros put into names (``key.12``, ``__UNIQUE_ID_x34``): they count what came before;
 - the order of functions that a C compiler made: they are listed as moved. The order of data counts: code may reach
@@ -39,7 +39,7 @@ from harness.series.difference import Difference, Pair, Rename, compare_objects
 from harness.series.normal import OF, Item, ObjectRecord, record_object, whole_file
 from harness.series.objects import BuiltObject, built_objects
 
-_FORMAT: Final = 3  # of the JSON form: raise it when the normal form changes
+_FORMAT: Final = 4  # of the JSON form: raise it when the normal form changes
 _SHOWN: Final = 12  # lines per object, and names of renamed and moved symbols
 
 

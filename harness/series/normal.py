@@ -35,6 +35,8 @@ _BUG_TABLE: Final = "__bug_table"
 _FUNCTION_NAMES: Final = ("__func__", "__FUNCTION__", "__PRETTY_FUNCTION__")
 _NUMBERED: Final = re.compile(r"(__UNIQUE_ID_.*?|__addressable_.*?|__BTF_ID__.*?)_*\d+")
 _INITCALL: Final = re.compile(r"(__initcall__kmod_.*?)__\d+_\d+_(.*)")  # a counter and __LINE__
+_KASAN_REGISTRY: Final = re.compile(r"\.data of _sub_[DI]_\d+_\d+(#\d+)?")
+"""What gcc's constructors for KASAN register: name, file, line and size of each global variable."""
 _DIGEST: Final = 12  # bytes
 
 
@@ -180,6 +182,8 @@ def _items(pieces: Pieces) -> Iterator[Item]:
         shape, targets = _content(pieces, piece)
         if name in functions:  # follows the function's name: any other text is content
             shape, targets = _digest(b"a function's name"), (f"name{OF}{name}",)
+        elif _KASAN_REGISTRY.fullmatch(piece.key):
+            shape, targets = _digest(b"registry"), ()
         yield Item(piece.key, piece.kind, piece.section.name, shared, piece.start, piece.size, shape, targets)
     for label in pieces.labels:
         shape = _digest(f"{label.at} {label.symbol.binding == STB_WEAK}".encode())

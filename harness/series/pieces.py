@@ -18,8 +18,10 @@ from typing import Final, NamedTuple
 
 from harness.series.elf import (
     SHF_ALLOC,
+    SHF_EXECINSTR,
     SHF_MERGE,
     SHF_STRINGS,
+    SHF_WRITE,
     SHN_ABS,
     SHN_COMMON,
     SHN_UNDEF,
@@ -63,6 +65,7 @@ _LONGEST: Final = 160  # characters of a string literal that are shown as they a
 _FILL: Final = re.compile(
     rb"(?:[\x00\x90\xcc]|\x66\x90|\x66*\x2e?\x0f\x1f(?:\x00|\x40.|\x44..|\x80.{4}|\x84.{5}))*", re.DOTALL
 )
+_TEXT: Final = re.compile(rb"[^\0]*\0+")
 # How KASAN describes a stack frame in its reports: per variable offset, size, length of the name, name:line.
 _FRAME: Final = re.compile(rb"\d+(?: \d+ \d+ \d+ [^\s:]+:\d+)+ ?")
 _VARIABLE: Final = re.compile(rb" (\d+ \d+) \d+ [^\s:]+:\d+")
@@ -142,6 +145,7 @@ class Pieces:
         self._entries: dict[int, tuple[int, list[tuple[Piece, int]]]] = {}
         self._references: dict[int, list[Reference]] = {}
         self._place_cache: dict[int, list[tuple[Relocation, tuple[int, int] | None]]] = {}
+        self._texts: dict[tuple[int, int], bytes] = {}
         self._nowhere = Piece(elf.sections[0], [(0, 0, 0)], key="nothing")
         tables = {s.number: stride for s in self.sections if (stride := self._stride(s))}
         unwinding = any(elf.sections[index].name == f"{ORC}_ip" for index in tables)
@@ -207,6 +211,10 @@ class Pieces:
             if symbol is None and not section.code:
                 after = max(first + len(content.rstrip(b"\0")), *ends, first)  # not what aligns the next one
             if not wanted and not ends and (after == first or (section.code and _FILL.fullmatch(content))):
+                continue
+            readable = not section.flags & (SHF_WRITE | SHF_EXECINSTR)
+            if wanted and symbol is None and readable and not ends and _TEXT.fullmatch(content):
+                self._texts[section.number, first] = content.rstrip(b"\0")  # a literal that was not to be merged
                 continue
             name, binding = (symbol.name, symbol.binding) if symbol else ("", STB_LOCAL)
             yield Piece(section, [(section.number, first, after)], name, binding)
@@ -301,6 +309,8 @@ class Pieces:
         aim = self.object.sections[place[0]]
         if aim.flags & SHF_MERGE and (content := self._merged(aim, place[1])):
             return Reference(offset, width, kind, *content)
+        if place in self._texts:
+            return Reference(offset, width, kind, _quoted(self._texts[place]), 0)
         located = self._locate(*place)
         if located is None:
             return Reference(offset, width, kind, f"section {aim.name}", place[1])

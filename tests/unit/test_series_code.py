@@ -131,17 +131,27 @@ def test_function_at_another_place_is_told_and_no_change(change: Change) -> None
     assert [d.symbol for d in found.moved] == ["f0"]
 
 
-FRAME = "void fill(int *); int f(void) { int one[4], two; fill(one); fill(&two); return one[1] + two; }"
+KASAN = (
+    "-fsanitize=kernel-address", "-fasan-shadow-offset=0xdffffc0000000000", "--param=asan-stack=1",
+    "--param=asan-globals=1", "--param=asan-instrumentation-with-call-threshold=10000",
+)  # fmt: skip
+VARIABLES = """
+void fill(int *); static int counter; const char *const names[] = { "zero", "first", "another" };
+int f(void) { int one[4], two; fill(one); fill(&two); printk("some text"); return one[1] + two + counter++; }
+int g(int n) { printk(names[n]); printk("another text"); WARN(4); return 0; }
+"""
 
 
-def test_names_of_variables_in_kasans_frames_are_none(build: Callable[..., CodeRecord]) -> None:
-    flags = ("-fsanitize=kernel-address", "-fasan-shadow-offset=0xdffffc0000000000", "--param=asan-stack=1",
-             "--param=asan-instrumentation-with-call-threshold=10000")  # fmt: skip
-    old = build(FRAME, *flags)
+def test_names_and_lines_of_variables_under_kasan_are_none(build: Callable[..., CodeRecord]) -> None:
+    old = build(VARIABLES, *KASAN)
     texts = [t for o in old.objects.values() for item in o.items for t in item.targets if "KASAN frame" in t]
     assert len(texts) == 1
-    assert compare(old, build("/* Two\n * lines. */\n" + FRAME.replace("two", "second"), *flags)).identical
-    assert not compare(old, build(FRAME.replace("one[4]", "one[5]"), *flags)).identical
+    found = compare(old, build("/* Two\n * lines. */\n" + VARIABLES.replace("two", "second"), *KASAN))
+    assert found.identical, found.text()
+    found = compare(old, build(VARIABLES.replace("counter", "number"), *KASAN))
+    assert found.identical, found.text()
+    for good, bad in (("one[4]", "one[5]"), ("some text", "same text"), ('"first"', '"farst"'), ("WARN(4)", "WARN(5)")):
+        assert not compare(old, build(VARIABLES.replace(good, bad), *KASAN)).identical, bad
 
 
 # --- what is one
