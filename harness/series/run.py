@@ -26,7 +26,7 @@ from harness.series.explain import explained
 from harness.series.git import Commit, PatchRange
 from harness.series.layout import Layout
 from harness.series.layouts import layout_report, read_layout
-from harness.series.line import CellLine, not_booting, result_or_nothing
+from harness.series.line import KVM, CellLine, not_booting, result_or_nothing
 from harness.series.report import write_reports
 from harness.series.state import Folder
 from harness.series.verdict import Build, CellReport, Code, LayoutReport, PatchReport, SeriesReport
@@ -146,6 +146,8 @@ class SeriesRun:
         for cell in self.setup.cells:
             twice = [results[f"{cell.name} {run}"] for run in range(1, _BASE_RUNS + 1)]
             for result in twice:
+                if KVM in result.records:
+                    raise LabInputError(f"BASE has no KVM in {cell.name}: {result.records[KVM]['summary']}")
                 if result.problem:
                     raise LabError(f"BASE cannot be judged in {cell.name}: {result.problem}; see {result.folder}")
             cell.begin(*twice)
