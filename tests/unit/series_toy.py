@@ -176,8 +176,8 @@ class Elsewhere(Executor):
         if "loses capabilities" in does:
             probed["capabilities"].popitem()
         journal.append({"probed": probed})
-        seen = [name for name in EXECUTED if name in job.options.trace]
-        missing = [name for name in job.options.trace if name.startswith("noinstr")]
+        seen = [name for name in EXECUTED if name in job.functions]
+        missing = [name for name in job.functions if name.startswith("noinstr")]
         journal.append({"executed": [{"seen": seen, "offsets": False, "missing": missing}], "machines": 1})
         if "emulator dies" in does:
             journal.append({"lost": "the emulator died", "error": "LostError"})
