@@ -52,8 +52,8 @@ def main() -> int:
     tree = DEMO["make_tree"]()
     out = args.out or Path(tempfile.mkdtemp(prefix="bench-series-"))
     words = ["series", f"base..{make_series(tree)}", "--tree", tree, "--config", "svm", "--out", out, *args.options]
-    status = subprocess.run([sys.executable, "-m", "harness", *words], stdout=subprocess.DEVNULL, check=False).returncode
-    if status:
+    command = [sys.executable, "-m", "harness", *words]
+    if status := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         print(f"the series ended with status {status}: see {out}")
         return status
     report = json.loads((out / "report.json").read_text())
