@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 
 USABLE_KVM = $(VENV)/bin/python -c 'from harness.vm import Kvm; Kvm().close()' 2>/dev/null
 
-.PHONY: run test test-lab test-nested check bench bench-lab nightly demo-series lab-packages clean
+.PHONY: run test test-lab test-nested check bench bench-lab bench-series nightly demo-series lab-packages clean
 run: $(STAMP)
 	@if $(USABLE_KVM); then \
 	    $(VENV)/bin/kvm-harness run $(ARGS); \
@@ -61,6 +61,10 @@ bench: $(STAMP)
 # What the lab costs. The first time builds a kernel, some minutes.
 bench-lab: $(STAMP) lab-packages
 	$(VENV)/bin/python bench/lab.py $(ARGS)
+
+# A series of twenty patches, half of them renames: how long, and how much of it is compiling.
+bench-series: $(STAMP) lab-packages
+	$(VENV)/bin/python bench/series.py $(ARGS)
 
 $(STAMP): requirements.lock pyproject.toml ci/packages.sh bin/kvm-harness
 	sh ci/packages.sh

@@ -361,12 +361,12 @@ class _Machine:
         self.run, self.folder = run, folder
         self.hand: deque[Job] = deque()
         self.begun = False  # the suite has: from here on silence and death are the kernel's
+        self.ended = False  # it was told to, for there was nothing left to do, or never anything
         self.boot_log = 0  # bytes of console from before that
 
     def talk(self, boot: Boot) -> None:
         """Serve until the machine has powered off."""
         run = self.run
-        ended = False
         for line in self._lines(boot):
             word, _, rest = line.decode(errors="replace").partition(" ")
             match word:
@@ -410,8 +410,8 @@ class _Machine:
                     raise LabError(f"{run.cell.name}: the runner failed:\n{json.loads(rest)}")
                 case _:
                     raise LabError(f"{run.cell.name}: the runner said {line[:80]!r}; console: {self.folder}")
-            if run.plan is not None and not self.hand and not ended:
-                ended = True
+            if run.plan is not None and not self.hand and not self.ended:
+                self.ended = True
                 boot.send(wire.CHANNEL, b'{"end": true}\n')
         self._after(boot)
 
@@ -466,7 +466,7 @@ class _Machine:
         """The channel ended: as it should have, or in the middle."""
         if self.run._stop:
             return
-        served = self.run.probed is not None if self.run.plan is None else self.begun and self._running() is None
+        served = self.run.probed is not None if self.run.plan is None else self.ended and self._running() is None
         ending = boot.wait(10.0 if served else 30.0)
         if served:
             if ending is None or ending.how is not How.POWERED_OFF:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
+from harness.known import load_known
 from harness.report.views import BAD, Record, verdict_of
 from harness.verdict import Verdict
 
@@ -32,6 +34,20 @@ def signature(record: Record) -> Signature:
 def _settled(summary: str) -> str:
     """Without the console's path, which a splat's summary ends in."""
     return summary.partition("; console: ")[0]
+
+
+def varies(record: Record | None) -> bool:
+    """It diverges in a way that known_divergences.toml says to show at some runs only."""
+    return (
+        record is not None
+        and verdict_of(record) is Verdict.KNOWN
+        and str(record["summary"]).partition(":")[0] in _now_and_then()
+    )
+
+
+@cache
+def _now_and_then() -> frozenset[str]:
+    return frozenset(row.name for row in load_known() if row.sometimes)
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,9 @@ class Recording:
         found = []
         for name, record in again.items():
             old = self.records.get(name)
-            if name in self.flaky or (old is not None and signature(old) == signature(record)):
+            if name in self.flaky or varies(old) or varies(record):
+                continue
+            if old is not None and signature(old) == signature(record):
                 continue
             if old is None:
                 self.records[name] = record
@@ -106,7 +124,7 @@ class Recording:
         out = []
         for name, record in records.items():
             old = self.records.get(name)
-            if name in self.flaky or verdict_of(record) is Verdict.LOST:
+            if name in self.flaky or verdict_of(record) is Verdict.LOST or varies(old) or varies(record):
                 continue
             if old is None or signature(old) != signature(record):
                 out.append(Change(name, old, record))

@@ -42,12 +42,17 @@ _PR_SET_PDEATHSIG: Final = 1
 
 @dataclass(frozen=True)
 class CellJob:
-    """One run of a cell. ``shared``: its results go into the cache too, and may come from there."""
+    """One run of a cell. ``shared``: its results go into the cache too, and may come from there.
+
+    ``trace``: a file with the names of the kernel functions to follow, as JSON. (Jobs are small: Python 3.11's pool of
+    processes cannot be stopped while one that is larger than a pipe waits for a worker.)
+    """
 
     cell: Cell
     folder: Path
     options: Options
     shared: str = ""  # which of several equal runs
+    trace: Path | None = None
 
     @property
     def key(self) -> str:
@@ -56,9 +61,15 @@ class CellJob:
         configuration = replace(cell.configuration, needs=frozenset())  # a set has no order, nor any part in this
         return digest(
             cell.kernel.digest, repr(configuration), cell.emulator.digest, cell.image.digest, cell.accel,
-            options.tier, repr(options.select), repr(options.only and sorted(options.only)), repr(options.trace),
+            options.tier, repr(options.select), repr(options.only and sorted(options.only)), repr(self.functions),
             repr(options.record), repr(options.most_bad), self.shared, _harness_digest(),
         )  # fmt: skip
+
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """What is in the file ``trace``."""
+        return tuple(json.loads(self.trace.read_text())) if self.trace is not None else ()
 
 
 @cache
@@ -161,7 +172,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _attempt(job: CellJob) -> None:
-    options = replace(job.options, header={**job.options.header, _KEY: job.key})
+    options = replace(job.options, trace=job.functions, header={**job.options.header, _KEY: job.key})
     for left in reversed(range(_ATTEMPTS)):
         _discard(job.folder)
         job.folder.mkdir(parents=True)

@@ -7,7 +7,7 @@ again and finds there what need not be done twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,9 +26,9 @@ from harness.series.explain import explained
 from harness.series.git import Commit, PatchRange
 from harness.series.layout import Layout
 from harness.series.layouts import layout_report, read_layout
-from harness.series.line import CellLine, not_booting, result_or_nothing
+from harness.series.line import KVM, CellLine, not_booting, result_or_nothing
 from harness.series.report import write_reports
-from harness.series.state import Folder
+from harness.series.state import Folder, write
 from harness.series.verdict import Build, CellReport, Code, LayoutReport, PatchReport, SeriesReport
 
 _POLL: Final = 0.5  # seconds between two looks at how far cells are
@@ -139,13 +139,16 @@ class SeriesRun:
         for cell in self.setup.cells:
             built = self._base[cell.flavour]
             for run in range(1, _BASE_RUNS + 1):
-                options = self._options(self._base_tier(cell, tier), built.functions)
-                name = f"{cell.name} {run}"
-                jobs[name] = CellJob(self._cell(cell, built), self.folder.base(cell.name, run), options, str(run))
+                options = self._options(self._base_tier(cell, tier))
+                name, where = f"{cell.name} {run}", self.folder.base(cell.name, run)
+                trace = self._trace("base", cell.flavour, built.functions)
+                jobs[name] = CellJob(self._cell(cell, built), where, options, str(run), trace)
         results = self._await(0, self._submit(jobs), jobs)
         for cell in self.setup.cells:
             twice = [results[f"{cell.name} {run}"] for run in range(1, _BASE_RUNS + 1)]
             for result in twice:
+                if KVM in result.records:
+                    raise LabInputError(f"BASE has no KVM in {cell.name}: {result.records[KVM]['summary']}")
                 if result.problem:
                     raise LabError(f"BASE cannot be judged in {cell.name}: {result.problem}; see {result.folder}")
             cell.begin(*twice)
@@ -187,8 +190,11 @@ class SeriesRun:
             if cell.flavour not in built or code is None or code.identical:
                 continue
             most_bad = len(cell.now.failures()) + _MOST_BAD
-            options = self._options(self._tier(cell, code), tuple(sorted(code.functions | code.added)), most_bad)
-            pending.jobs[cell.name] = CellJob(self._cell(cell, built[cell.flavour]), folder / cell.name, options)
+            options = self._options(self._tier(cell, code), most_bad)
+            trace = self._trace(folder.relative_to(self.folder.path), cell.flavour, code.functions | code.added)
+            pending.jobs[cell.name] = CellJob(
+                self._cell(cell, built[cell.flavour]), folder / cell.name, options, trace=trace
+            )
         pending.futures = self._submit(pending.jobs)
         return pending
 
@@ -214,9 +220,9 @@ class SeriesRun:
             empty = CellReport(cell.name, job.options.tier, command=self._command(cell, job))
             taken = cell.take(pending.number, empty, result, unsteady.get(cell.name, frozenset()))
             cells.append(explained(taken, job.cell, *recorded[cell.name]) if cell.name in recorded else taken)
-            if job.options.trace:
+            if names := job.functions:
                 symbols = Symbols(pending.built[cell.flavour].system_map)
-                found |= reached(job.options.trace, result.executed, result.machines, symbols)
+                found |= reached(names, result.executed, result.machines, symbols)
         seconds = sum(b.seconds for b in pending.builds) + sum(c.seconds for c in cells)
         report = PatchReport(
             pending.number, pending.commit, pending.builds, tuple(cells), found, pending.layout, seconds
@@ -243,13 +249,13 @@ class SeriesRun:
                 suspects = frozenset([name for name, record in cell.base.records.items() if record["id"]][:1])
             if suspects:
                 mine = pending.jobs[cell.name]
-                options = replace(mine.options, only=suspects, trace=(), record=True)
+                options = replace(mine.options, only=suspects, record=True)
                 where = self.folder.path / "base" / cell.name / f"patch-{pending.number:04d}"
                 base = self._cell(cell, self._base[cell.flavour])
                 jobs[f"{cell.name} on BASE again"] = CellJob(base, where, options)
                 if not result.problem:
                     again = mine.folder.parent / "again" / cell.name
-                    jobs[f"{cell.name} again"] = replace(mine, folder=again, options=options)
+                    jobs[f"{cell.name} again"] = replace(mine, folder=again, options=options, trace=None)
         found = self._await(pending.number, self._submit(jobs), jobs)
         unsteady: dict[str, frozenset[str]] = {}
         recorded: dict[str, tuple[CellResult, CellResult]] = {}
@@ -273,8 +279,14 @@ class SeriesRun:
         setup = self.setup
         return Cell(cell.configuration, built.kernel.kernel, setup.emulator, setup.image, setup.accel[cell.name])
 
-    def _options(self, tier: str, trace: tuple[str, ...], most_bad: int = 0) -> Options:
-        return Options(tier=tier, machines=self.setup.machines, trace=trace, most_bad=most_bad)
+    def _options(self, tier: str, most_bad: int = 0) -> Options:
+        return Options(tier=tier, machines=self.setup.machines, most_bad=most_bad)
+
+    def _trace(self, where: str | Path, flavour: Flavour, names: Iterable[str]) -> Path:
+        """The file with functions to follow."""
+        path = self.folder.path / where / f"trace-{flavour.name}.json"
+        write(path, sorted(names))
+        return path
 
     def _command(self, cell: CellLine, job: CellJob) -> str:
         """How a user runs a Case of this cell again; ``{}`` is for its name."""

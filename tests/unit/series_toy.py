@@ -175,9 +175,11 @@ class Elsewhere(Executor):
         probed = load_profile("svm", "7.3").to_json()
         if "loses capabilities" in does:
             probed["capabilities"].popitem()
+        gone = {"case": "profile/capability-OF_A_STOCK_KERNEL", "id": "", "verdict": "regressed", "checks": 1}
+        journal.append(gone | {"summary": "gone: capability OF_A_STOCK_KERNEL", "seconds": 0.0})
         journal.append({"probed": probed})
-        seen = [name for name in EXECUTED if name in job.options.trace]
-        missing = [name for name in job.options.trace if name.startswith("noinstr")]
+        seen = [name for name in EXECUTED if name in job.functions]
+        missing = [name for name in job.functions if name.startswith("noinstr")]
         journal.append({"executed": [{"seen": seen, "offsets": False, "missing": missing}], "machines": 1})
         if "emulator dies" in does:
             journal.append({"lost": "the emulator died", "error": "LostError"})

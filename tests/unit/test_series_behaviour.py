@@ -2,6 +2,7 @@
 
 import pytest
 
+from harness.series import behaviour
 from harness.series.behaviour import Change, Recording, change_text, signature, worst_first
 from harness.series.coverage import Reached, Symbols, reached, reached_lines
 from harness.verdict import Verdict
@@ -81,6 +82,15 @@ def test_flaky_cases_are_quarantined_by_name():
     found = Recording.of_twice({"a": steady, "b": shaky}, {"a": steady, "b": record("b", allowed=3)})
     assert list(found.flaky) == ["b"]
     assert found.changes({"b": record("b", verdict="mismatch"), "a": steady}) == []
+
+
+def test_what_diverges_now_and_then_is_no_change(monkeypatch):
+    monkeypatch.setattr(behaviour, "_now_and_then", lambda: frozenset({"past-int"}))
+    shows = record(verdict="known", summary="past-int: memory 0x1efd8")
+    assert changes(record(), shows) == changes(shows, record()) == []
+    assert Recording.of_twice({shows["case"]: record()}, {shows["case"]: shows}).flaky == {}
+    (found,) = changes(record(), record(verdict="known", summary="another: memory 0x1efd8"))
+    assert found.verdict is Verdict.REGRESSED
 
 
 def test_a_third_run_of_base_can_quarantine_too():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,20 @@ def test_nor_is_another_jobs(job):
 
 
 @pytest.mark.parametrize(
-    "options", [Options("full"), Options("smoke", trace=("f",)), Options("smoke", only=frozenset({"a"}))]
+    "options", [Options("full"), Options("smoke", record=True), Options("smoke", only=frozenset({"a"}))]
 )
 def test_the_key_is_of_all_that_decides(job, options):
     assert CellJob(job.cell, job.folder, options).key != job.key
     assert CellJob(job.cell, job.folder, job.options, "2").key != job.key
     assert CellJob(job.cell, job.folder / "elsewhere", job.options).key == job.key
+
+
+def test_functions_to_follow_are_in_a_file(job, tmp_path):
+    (tmp_path / "trace.json").write_text('["em_mov"]')
+    following = replace(job, trace=tmp_path / "trace.json")
+    assert following.functions == ("em_mov",)
+    assert following.key != job.key
+    assert len(pickle.dumps(following)) < 8000
 
 
 def test_how_far_a_job_is(job):

@@ -8,7 +8,9 @@ from harness.case import Blob, Case, Memory, Observation, Run
 from harness.cpuid import CpuProfile
 from harness.exits import Halt
 from harness.lab.wire import observation_json
-from harness.series.explain import difference, steps_from_json
+from harness.lockstep import lockstep
+from harness.machine import Recording
+from harness.series.explain import Recorded, difference, steps_from_json
 from harness.state import CpuState, pack_sections
 
 CODE = b"\x0f\xaf\xc8\xf4"  # imul ecx, eax leaves SF, ZF, AF and PF undefined (SDM vol. 2A, IMUL)
@@ -56,3 +58,20 @@ def test_ram_on_either_side(case):
         assert memory.gpa <= 0x1123 < memory.gpa + len(memory.got)
         at = 0x1123 - memory.gpa
         assert (memory.expected[at], memory.got[at]) == (want, got)
+
+
+def test_undefined_bits_in_ram_are_behaviour_too(case):
+    """PUSHF after an instruction that leaves flags undefined: the checksum tells two kernels apart."""
+
+    def allowed(flags):
+        page = bytearray(4096)
+        page[:4], page[0x800] = CODE, flags
+        expected = seen(case, {0x1000: CODE + bytes(4092)})
+        expected.pages_ignore = {0x1800: 0x40}
+        found = lockstep(case, Recording([[expected]]), Recorded(steps(seen(case, {0x1000: bytes(page)}))))
+        return found.difference, found.allowed
+
+    assert allowed(0) == (None, 0)
+    assert allowed(0x40)[0] is None
+    assert allowed(0x40)[1]
+    assert allowed(0x80)[0] is not None

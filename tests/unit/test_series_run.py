@@ -197,6 +197,13 @@ def test_a_capability_lost_against_base_has_regressed(tree, out):
     assert [p.inherited for p in report.patches] == [{}, {1: 1}, {}]
 
 
+def test_what_a_stock_kernel_has_and_base_has_not_is_nobodys(tree, out):
+    tree.commit("patch", code(mov="return x + 1;"))
+    report = validate(tree, out, Elsewhere())
+    assert report.base_failures == {}
+    assert report.patches[0].inherited == {}
+
+
 def test_a_lost_cell_is_no_verdict(tree, out):
     tree.commit("unlucky", code("emulator dies"))
     report = validate(tree, out, Elsewhere(), configs=("svm",))
