@@ -214,8 +214,12 @@ class CellRun:
     # --- from outside ---
 
     def probe(self) -> Profile:
-        """Boot once and ask the KVM what it can do. LostError when nothing comes of it."""
-        self._serve(0)
+        """Boot and ask the KVM what it can do. LostError when nothing comes of it, twice."""
+        try:
+            self._serve(0)
+        except LostError as error:
+            self._progress(f"{error}; once more")
+            self._serve(0)
         if self.probed is None:
             raise LostError(f"{self.cell.name}: the runner did not answer; console: {self.folder}")
         return self.probed
