@@ -99,7 +99,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     began = time.monotonic()
     ours = BARE in cell.emulator.features
     if not ours:
-        progress(f"{cell.emulator.name} is not the lab's own: KVM is asked what it can do on it, and mismatches may be its")
+        progress(f"{cell.emulator.name} is not the lab's own: KVM is probed, and mismatches may be QEMU's")
     profile = load_profile(cell.configuration.name, cell.kernel.series) if ours else None
     if profile is None or options.write_profile:
         progress(f"{cell.name}: asking this kernel's KVM what it can do")
