@@ -86,6 +86,7 @@ class Options:
     machines: int = 2
     write_profile: bool = False
     deadline: float = DEADLINE  # seconds for each cell
+    cold: bool = False  # boot every machine
     only: frozenset[str] | None = None
     trace: tuple[str, ...] = ()
     record: bool = False

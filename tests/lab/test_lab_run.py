@@ -22,10 +22,11 @@ from harness.lab.hardware import pinned_qemu
 from harness.lab.image import base_image
 from harness.lab.initramfs import initramfs, modules_to_load
 from harness.lab.kernel import debian_kernel
+from harness.lab.payload import runner_payload
 from harness.lab.planner import cell_plan
 from harness.lab.profile import load_profile
 from harness.lab.run import Options, run_cell
-from harness.lab.session import Cell, CellRun, runner_payload
+from harness.lab.session import Cell, CellRun
 from harness.verdict import Verdict
 
 HARNESS = [sys.executable, "-m", "harness"]
