@@ -353,7 +353,7 @@ lretq
 .code32
 1: mov $0x1234, %edx
 inc %eax
-hlt
+fin
 .code64
 .elseif BITS == 32
 test to_code16
@@ -361,7 +361,7 @@ ljmp $SEL_CODE16, $1f
 .code16
 1: mov $0x1234, %edx
 inc %ax
-hlt
+fin
 .code32
 .else
 test to_code32
@@ -369,7 +369,7 @@ ljmp $SEL_CODE32, $1f
 .code32
 1: mov $0x12345678, %edx
 inc %eax
-hlt
+fin
 .code16
 .endif
 .endif

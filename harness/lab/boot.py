@@ -28,7 +28,7 @@ from typing import Any, Final, Self
 
 from qemu.qmp import QMPClient, QMPError, Runstate
 
-from harness.lab.bootspec import CONSOLE, QMP, BootSpec, command_line, outer_acceleration
+from harness.lab.bootspec import CONSOLE, QMP, BootSpec, command_line, migration_channel, outer_acceleration
 from harness.lab.cache import Progress, quiet
 from harness.lab.errors import LabError, LostError
 from harness.lab.inbox import Arrival, Inbox
@@ -43,6 +43,7 @@ CONSOLE_LIMIT: Final = 64 << 20
 """Bytes of console output that one machine may write; what comes after is dropped, and the log says so."""
 
 _START_LIMIT: Final = 30.0  # seconds from the start of the emulator until it answers over QMP
+_MOVE_LIMIT: Final = 120.0  # seconds to write a machine to a file, or to read it
 _END_LIMIT: Final = 5.0  # seconds for what a dead emulator left in its QMP socket
 _UNREAD_LIMIT: Final = 32 << 20  # bytes of a channel that nobody has read, after which the guest has to wait
 _PIECE: Final = 1 << 16
@@ -115,13 +116,16 @@ class Boot(Inbox):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LabError(f"{self.folder}: {error.strerror}: give another output folder") from error
-        self._progress(f"starting {self.spec.kernel.name} on {self.spec.emulator.name} ({self.spec.accel})")
+        how = "starting" if self.spec.incoming is None else "going on with"
+        self._progress(f"{how} {self.spec.kernel.name} on {self.spec.emulator.name} ({self.spec.accel})")
         self._thread.start()
         try:
             with self._changed:
                 self._changed.wait_for(lambda: self._answers or self._closed)
                 if not self._answers:
                     raise self._error or LostError(f"{self.spec.emulator.binary}: {self._ending}")
+            if self.spec.incoming is not None:
+                self._resume()
         except BaseException:
             self._stop()
             raise
@@ -176,6 +180,31 @@ class Boot(Inbox):
             future.cancel()
             said = str(error) or "no answer"
             raise LostError(f"QMP {command}: {said}; see {self.folder / EMULATOR_LOG}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the whole machine to a file, for :attr:`BootSpec.incoming`; it stands still meanwhile, then goes on.
+
+        Raises LostError when the emulator fails in it: no room for some hundred MB, for instance.
+        """
+        self.execute("stop")
+        try:
+            self.execute("migrate", channels=[migration_channel(path)])
+            self._until("query-migrate", "setup", "active", "device", "completed")
+        finally:
+            self.execute("cont")
+
+    def _resume(self) -> None:
+        """Let a machine that was read from a file go on."""
+        self._until("query-status", "inmigrate", "paused")
+        self.execute("cont")
+
+    def _until(self, query: str, *states: str) -> None:
+        """Wait until a query's status is the last of ``states``; it may be the others before."""
+        end = time.monotonic() + _MOVE_LIMIT
+        while (state := _status(self.execute(query))) != states[-1]:
+            if state not in states or time.monotonic() > end:
+                raise LostError(f"QMP {query}: {state}; see {self.folder / EMULATOR_LOG}")
+            time.sleep(0.01)
 
     def quit(self, timeout: float = 10.0) -> Ending:
         """End the emulator by QMP, or by SIGKILL when it does not listen."""
@@ -360,6 +389,10 @@ class Boot(Inbox):
             how = How.STOPPED if self._stopping else How.DIED
         said = (self.folder / EMULATOR_LOG).read_text(errors="replace")
         self._ending = Ending(how, status, seconds, said, panic)
+
+
+def _status(answer: object) -> str:
+    return str(answer.get("status", "setup")) if isinstance(answer, dict) else "setup"
 
 
 def _panic_line(log: Path) -> str:

@@ -41,6 +41,7 @@ class BootSpec:
     serials: tuple[str, ...] = ()
     accel: str = "tcg"
     options: tuple[str, ...] = ()  # further words for the emulator
+    incoming: Path | None = None  # go on from what Boot.save() wrote of such a machine
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ class BootSpec:
         if not binary.is_file() or not os.access(binary, os.X_OK):
             what = "cannot be executed" if binary.exists() else "is not there"
             raise LostError(f"{binary}: the emulator {what}: run `kvm-harness lab build` to have it made anew")
-        for path in (self.kernel, self.initramfs, *self.disks):
+        for path in (self.kernel, self.initramfs, self.incoming, *self.disks):
             if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
                 raise LostError(f"{path}: cannot be read: run `kvm-harness lab build` to have it made anew")
 
@@ -91,7 +92,14 @@ def _qemu(spec: BootSpec, ends: Mapping[str, int]) -> list[str]:
         words += ["-initrd", str(spec.initramfs)]
     if spec.append:
         words += ["-append", " ".join(spec.append)]
+    if spec.incoming is not None:
+        words += ["-incoming", json.dumps(migration_channel(spec.incoming))]
     return [*words, *spec.options]
+
+
+def migration_channel(file: Path) -> dict[str, object]:
+    """A file as QMP's MigrationChannel."""
+    return {"channel-type": "main", "addr": {"transport": "file", "filename": str(file), "offset": 0}}
 
 
 def outer_acceleration(extension: str = "svm") -> str:

@@ -61,6 +61,7 @@ def add_verbs(verb: Verb) -> None:
     run.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
     run.add_argument("-k", metavar="EXPR", help="only Cases whose name matches, as in pytest: 'gpr and long'")
     run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
+    run.add_argument("--cold", action="store_true", help="boot each machine, even where one was kept to go on from")
     run.add_argument("--machines", type=int, default=2, metavar="N", help="machines side by side (default: 2)")
     run.add_argument(
         "--deadline", type=float, default=120.0, metavar="MINUTES", help="what a cell may take at most (default: 120)"
@@ -171,9 +172,9 @@ def _list(args: argparse.Namespace) -> int:
     for series, (suite, *_) in STOCK.items():
         print(f"  {series:12s} Debian {suite}")
     print("in the cache:")
-    for kind in ("qemu", "image", "kernel", "initramfs", "plan"):
+    for kind in ("qemu", "image", "kernel", "vmlinux", "initramfs", "kernels", "plan", "machine"):
         entries = [p for p in area(kind).iterdir() if p.is_dir() and not p.name.startswith(".")]
-        size = sum(f.stat().st_size for p in entries for f in p.rglob("*") if f.is_file())
+        size = sum(512 * f.stat().st_blocks for p in entries for f in p.rglob("*") if f.is_file())
         print(f"  {kind:12s} {len(entries)} of {size / 1e6:,.0f} MB in {area(kind)}")
     return 0
 
@@ -189,7 +190,7 @@ def _run(args: argparse.Namespace) -> int:
     from harness.lab.run import Options, run_cells
 
     options = Options(
-        args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile, 60 * args.deadline
+        args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile, 60 * args.deadline, args.cold
     )
     return run_cells(cells(args), args.out or new_folder(), options, _say, sys.stderr)
 

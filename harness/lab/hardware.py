@@ -17,7 +17,7 @@ from harness.lab import qemu_build
 from harness.lab.cache import Progress, cached, digest, quiet
 from harness.lab.errors import LabError
 
-_PATCHED_IN: Final = frozenset({"bare-machine", "cr8-lock"})
+_KNOWN: Final = frozenset({"bare-machine", "cr8-lock", "resume"})  # of ours: by its patches, by its version
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Emulator:
     ``firmware`` is the directory for ``-L``, None where the emulator finds its own. ``digest`` changes whenever the
     emulator may behave differently. ``features`` are names of what it can do beyond stock QEMU 7.2: ``bare-machine``
     (runs Cases by itself: harness/lab/bare_emulator.py), ``cr8-lock`` (does
-    not die where a nested guest writes CR8), ``apx`` (``-cpu max,+apxf``), ``kvm`` (can use the host's KVM).
+    not die where a nested guest writes CR8), ``apx`` (``-cpu max,+apxf``), ``kvm`` (can use the host's KVM), ``resume``
+    (writes a machine to a file and goes on from there).
     """
 
     name: str
@@ -55,7 +56,7 @@ def pinned_qemu(progress: Progress = quiet) -> Emulator:
     except LabError as error:
         raise LabError(f"{error}\nLibraries it needs may be gone: remove {folder} to have it built anew") from error
     name = f"QEMU {qemu_build.RELEASE} with the project's patches"
-    return Emulator(name, binary, folder / "firmware", key, shown | _PATCHED_IN)
+    return Emulator(name, binary, folder / "firmware", key, shown | _KNOWN)
 
 
 def system_qemu() -> Emulator:

@@ -15,7 +15,7 @@ from harness.lab.ksource import release_of
 
 _SOURCES: Final = "tools/testing/selftests/kvm"
 _NEEDED: Final = (_SOURCES, "tools/testing/selftests/cgroup", "tools/testing/selftests/rseq", "tools/include")
-_LDFLAGS: Final = "-static -pthread -no-pie"
+_LDFLAGS: Final = "-static -pthread -no-pie -s"
 _VERSION: Final = "1"
 
 
@@ -39,13 +39,14 @@ def built_selftests(tree: Path, progress: Progress = quiet) -> Path:
 
 
 def _build(tree: Path, folder: Path) -> None:
-    headers, objects, out = folder / "usr", folder / "obj", folder / "kvm"
+    objects, out = folder / "obj", folder / "kvm"
+    headers = objects / "usr" / "include"
     out.mkdir()
     jobs = f"-j{len(os.sched_getaffinity(0))}"
-    _make(tree, f"O={objects}", "ARCH=x86", f"INSTALL_HDR_PATH={headers}", jobs, "headers_install")
+    _make(tree, f"O={objects}", "ARCH=x86", jobs, "headers")
     _make(
-        tree / _SOURCES, f"OUTPUT={out}", "ARCH=x86", f"KHDR_INCLUDES=-isystem {headers}/include",
-        f"LINUX_HDR_PATH={headers}/include/", f"LDFLAGS={_LDFLAGS}", jobs, "--keep-going", "all",
+        tree / _SOURCES, f"OUTPUT={out}", "ARCH=x86", f"KHDR_INCLUDES=-isystem {headers}", f"LINUX_HDR_PATH={headers}/",
+        f"LDFLAGS={_LDFLAGS}", jobs, "--keep-going", "all",
     )  # fmt: skip
     shutil.rmtree(objects)
     for path in out.rglob("*"):

@@ -23,7 +23,8 @@ from harness.exits import Exit
 from harness.state import Events, Segment, Table
 
 FORMAT: Final = 1
-_SECTOR: Final = 512
+SIZE: Final = 1 << 30
+"""Bytes of every plan's file, most of them a hole: a machine that goes on with another plan sees the same disk."""
 _WORKERS: Final = 2
 _GROUP: Final = 400  # Cases: a fraction of a second's work, so that two machines end at the same time
 
@@ -146,11 +147,13 @@ def write_plan(path: Path, key: str, cases: Sequence[Case], skipped: Iterable[tu
     start = 0
     while start != (start := -(-len(header(start)) // PAGE) * PAGE):
         pass
+    if start + sum(sizes) > SIZE:
+        raise ValueError(f"a plan of {start + sum(sizes)} bytes does not fit on its disk of {SIZE}")
     with path.open("wb") as file:
         file.write(header(start).ljust(start, b"\0"))
         for blob in body:
             file.write(blob)
-        file.truncate(-(-(start + sum(sizes)) // _SECTOR) * _SECTOR)
+        file.truncate(SIZE)
         os.fsync(file.fileno())
 
 

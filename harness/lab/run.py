@@ -86,6 +86,7 @@ class Options:
     machines: int = 2
     write_profile: bool = False
     deadline: float = DEADLINE  # seconds for each cell
+    cold: bool = False  # boot every machine
     only: frozenset[str] | None = None
     trace: tuple[str, ...] = ()
     record: bool = False
@@ -97,7 +98,10 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     """Run one cell; results are in ``folder`` as they come. LabError and JournalError pass through."""
     outcome = CellOutcome(cell.name, folder)
     began = time.monotonic()
-    profile = load_profile(cell.configuration.name, cell.kernel.series)
+    ours = BARE in cell.emulator.features
+    if not ours:
+        progress(f"{cell.emulator.name} is not the lab's own: KVM is probed, and mismatches may be QEMU's")
+    profile = load_profile(cell.configuration.name, cell.kernel.series) if ours else None
     if profile is None or options.write_profile:
         progress(f"{cell.name}: asking this kernel's KVM what it can do")
         profile = CellRun(cell, None, None, folder / "probe", lambda *_: None, progress=progress).probe()

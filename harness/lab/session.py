@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
-import marshal
 import re
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import harness
 from harness.case import Case, Observation, Pages
 from harness.judge import Judge, Result
 from harness.known import KnownDivergence
@@ -26,11 +21,13 @@ from harness.lab.cache import Progress, quiet
 from harness.lab.configurations import Configuration
 from harness.lab.errors import LabError, LostError, NoKvmError
 from harness.lab.hardware import Emulator
-from harness.lab.image import PYTHON, Image, payload
+from harness.lab.image import Image
 from harness.lab.kernel import COMMAND_LINE, Kernel
+from harness.lab.payload import runner_payload
 from harness.lab.plan import Plan
 from harness.lab.profile import Profile
 from harness.lab.splat import find_splats
+from harness.lab.warm import FEATURE, Warm, drop_warm, find_warm, keep_warm, warm_key
 from harness.lockstep import Difference
 from harness.runner import Finding
 from harness.verdict import Verdict
@@ -43,7 +40,6 @@ DEADLINE: Final = 7200.0
 """Seconds that all the Cases of a cell may take."""
 BOOTS: Final = 8
 """Machines that one cell may lose before it is given up."""
-_PACKING: Final = threading.Lock()  # ast.parse() of CPython 3.11 can fail when two threads are in it
 _NO_KVM: Final = re.compile(r"^kvm-harness-init: (no KVM.*?)\r?$", re.MULTILINE)  # what the image's init says of it
 # Exit code without a signal: our init came to its end. One that a signal killed may be the kernel's work.
 _INIT_ENDED: Final = re.compile(r"Attempted to kill init! exitcode=0x[0-9a-f]{6}00")
@@ -72,51 +68,6 @@ class Cell:
             append=(*COMMAND_LINE, *self.configuration.parameters), disks=(self.image.root, *disks),
             cpu=self.configuration.cpu, channels=(wire.CHANNEL,), accel=self.accel,
         )  # fmt: skip
-
-
-_START: Final = b"""#!/bin/sh
-PYTHONPATH=/payload exec /usr/bin/python3 -S -s -B -m harness.lab.agent
-"""
-
-
-def runner_payload(progress: Progress = quiet, *, start: bytes = _START) -> Path:
-    """The payload with the runner: the modules it imports, compiled where this Python is the image's, and ``start``."""
-    files: dict[str, Path | bytes] = {"start": start}
-    root = Path(harness.__file__).resolve().parent
-    for name in sorted(_closure("harness.lab.agent")):
-        path = root.joinpath(*name.split(".")[1:])
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        inside = path.relative_to(root.parent)
-        files[str(inside)] = path
-        if sys.implementation.cache_tag == PYTHON:
-            code = compile(path.read_bytes(), f"/payload/{inside}", "exec", dont_inherit=True)
-            unchecked = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
-            files[f"{inside.parent}/__pycache__/{path.stem}.{PYTHON}.pyc"] = unchecked + marshal.dumps(code)
-    return payload(files, progress)
-
-
-def _closure(start: str) -> set[str]:
-    """The modules of the harness that ``start`` imports, and their packages."""
-    root = Path(harness.__file__).resolve().parent
-    found: set[str] = set()
-    todo = [start]
-    while todo:
-        name = todo.pop()
-        path = root.joinpath(*name.split(".")[1:])
-        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if name in found or not source.is_file():
-            continue
-        found.add(name)
-        todo.append(name.rpartition(".")[0] or name)
-        for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.Import):
-                todo += [a.name for a in node.names if a.name.startswith("harness")]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harness"):
-                module = str(node.module)
-                if module.startswith(("harness.reference", "harness.paths")):
-                    continue  # the planner's, imported where it runs
-                todo += [module, *(f"{module}.{a.name}" for a in node.names)]
-    return found
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -188,6 +139,7 @@ class CellRun:
         record: bool = False,
         progress: Progress = quiet,
         tick: Callable[[], None] = lambda: None,
+        cold: bool = False,
     ) -> None:
         self.cell, self.plan, self.profile, self.folder = cell, plan, profile, folder
         self._take, self.machines, self._most_bad, self._progress = take, machines, most_bad, progress
@@ -205,6 +157,8 @@ class CellRun:
         self._probe_wanted = True
         self._stop = False
         self._problem: BaseException | None = None
+        self.keeps = not cold and plan is not None and cell.accel == "tcg" and FEATURE in cell.emulator.features
+        self._cold = not self.keeps
 
     @property
     def enough(self) -> bool:
@@ -214,8 +168,12 @@ class CellRun:
     # --- from outside ---
 
     def probe(self) -> Profile:
-        """Boot once and ask the KVM what it can do. LostError when nothing comes of it."""
-        self._serve(0)
+        """Boot and ask the KVM what it can do. LostError when nothing comes of it, twice."""
+        try:
+            self._serve(0)
+        except LostError as error:
+            self._progress(f"{error}; once more")
+            self._serve(0)
         if self.probed is None:
             raise LostError(f"{self.cell.name}: the runner did not answer; console: {self.folder}")
         return self.probed
@@ -267,19 +225,33 @@ class CellRun:
             boot_number = self.tally.boots
         if boot_number > BOOTS:
             raise LostError(f"{self.cell.name}: {BOOTS} machines were lost; given up. Consoles: {self.folder}")
-        with _PACKING:
-            disks = [runner_payload(self._progress)]
-        if self.plan is not None:
-            disks.append(self.plan.path)
+        runner = runner_payload(self._progress)
+        cell = self.cell
+        spec = cell.spec([runner, *([self.plan.path] if self.plan is not None else [])])
+        key = warm_key(spec, cell.emulator.digest, cell.kernel.digest, cell.image.digest, runner.parent.name)
+        warm = None if self._cold else find_warm(key)
+        if warm is not None:
+            spec = replace(spec, incoming=warm.state)
         folder = self.folder / f"boot-{boot_number}"
-        machine = _Machine(self, folder)
-        with Boot(self.cell.spec(disks), folder, self._progress) as boot:
-            try:
-                machine.talk(boot)
-            except (LostError, TimeoutError) as error:
-                machine.lost(boot, error)
-            finally:
-                self._give_back(machine)
+        machine = _Machine(self, folder, key, warm)
+        try:
+            with Boot(spec, folder, self._progress) as boot:
+                self._converse(machine, boot)
+        except LostError as error:
+            if warm is None or machine.begun:
+                raise
+            drop_warm(key)
+            self._cold = True
+            self._progress(f"{cell.name}: the kept machine is of no use, so one boots: {error}")
+
+    def _converse(self, machine: _Machine, boot: Boot) -> None:
+        try:
+            machine.talk(boot)
+        except (LostError, TimeoutError) as error:
+            self._cold = self._cold or machine.warm is not None  # what is blamed on this kernel was booted for it
+            machine.lost(boot, error)
+        finally:
+            self._give_back(machine)
 
     def _give_back(self, machine: _Machine) -> None:
         with self._lock:
@@ -357,8 +329,8 @@ class CellRun:
 class _Machine:
     """One boot's conversation. ``hand`` are the jobs it was given, the running Case first."""
 
-    def __init__(self, run: CellRun, folder: Path) -> None:
-        self.run, self.folder = run, folder
+    def __init__(self, run: CellRun, folder: Path, key: str, warm: Warm | None) -> None:
+        self.run, self.folder, self._key, self.warm = run, folder, key, warm
         self.hand: deque[Job] = deque()
         self.begun = False  # the suite has: from here on silence and death are the kernel's
         self.ended = False  # it was told to, for there was nothing left to do, or never anything
@@ -372,12 +344,16 @@ class _Machine:
             match word:
                 case "hello":
                     hello = json.loads(rest)
-                    if run.plan is None or run.greeted(hello):
+                    first = run.plan is None or run.greeted(hello)
+                    if first:
                         run.hello = hello
-                        boot.send(wire.CHANNEL, b'{"probe": true}\n')
+                        self._keep(boot, rest)
                     if run.trace:
                         boot.send(wire.CHANNEL, json.dumps({"trace": list(run.trace)}).encode() + b"\n")
-                    for _ in range(_AHEAD):
+                    self._order(boot)
+                    if first:
+                        boot.send(wire.CHANNEL, b'{"probe": true}\n')
+                    for _ in range(1, _AHEAD):
                         self._order(boot)
                     self.begun = bool(self.hand)
                     self.boot_log = (self.folder / CONSOLE_LOG).stat().st_size
@@ -415,6 +391,14 @@ class _Machine:
                 boot.send(wire.CHANNEL, b'{"end": true}\n')
         self._after(boot)
 
+    def _keep(self, boot: Boot, hello: str) -> None:
+        """Keep this machine, for others to go on from."""
+        if self.warm is None and self.run.keeps:
+            try:
+                keep_warm(self._key, boot, hello)
+            except LabError as error:
+                self.run._progress(f"{self.run.cell.name}: this machine is not kept for the next run: {error}")
+
     def _no_kvm(self, text: str) -> LabError:
         """Whose fault it is: the kernel's, unless the processor that we gave it has no virtualization."""
         console = self.folder / CONSOLE_LOG
@@ -425,6 +409,9 @@ class _Machine:
     def _lines(self, boot: Boot) -> Iterable[bytes]:
         waited = 0.0
         limit = GREETING_LIMIT
+        if self.warm is not None:
+            yield f"hello {self.warm.hello}".encode()
+            limit = SILENCE_LIMIT
         while True:
             try:
                 for line in boot.lines(wire.CHANNEL, 1.0):

@@ -16,7 +16,8 @@ from typing import Final
 from harness.lab.boot import Boot
 from harness.lab.bootspec import CONSOLE
 from harness.lab.errors import LabInputError
-from harness.lab.session import Cell, runner_payload
+from harness.lab.payload import runner_payload
+from harness.lab.session import Cell
 
 _LEAVE: Final = b"\x1d"  # Ctrl-]
 _START: Final = b"""#!/bin/sh

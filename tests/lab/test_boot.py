@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.lab import boot as boot_module
+from harness.lab import warm
 from harness.lab.boot import CONSOLE, Boot, BootSpec, How
 from harness.lab.errors import LabError, LostError
 from harness.lab.hardware import pinned_qemu
@@ -304,6 +305,60 @@ def test_a_hanging_emulator_is_killed_all_the_same(spec, tmp_path):
         with pytest.raises(LostError, match="no answer"):
             boot.execute("query-status", timeout=0.3)
         assert boot.quit(timeout=0.3).how is How.STOPPED
+
+
+# --- going on where another one was ---
+
+
+def answers(boot, text):
+    """The echo guest gives a line back."""
+    boot.send(CONSOLE, text + b"\n")
+    return next(boot.lines(CONSOLE, 30.0)) == text
+
+
+def test_a_machine_that_was_saved_goes_on_and_so_does_another_one(spec, tmp_path):
+    with Boot(spec("echo"), tmp_path / "1") as boot:
+        assert next(boot.lines(CONSOLE, 30.0)) == b"hello"
+        boot.save(tmp_path / "a,state")
+        assert answers(boot, b"after")
+    for _ in range(2):
+        said = []
+        with Boot(spec("echo", incoming=tmp_path / "a,state"), tmp_path / "2", said.append) as boot:
+            assert answers(boot, b"again")  # the first line: this one has never said hello
+        assert said[0].startswith("going on with echo")
+
+
+def test_a_damaged_state_is_lost(spec, tmp_path):
+    state = tmp_path / "state"
+    with Boot(spec("echo"), tmp_path / "1") as boot:
+        assert next(boot.lines(CONSOLE, 30.0)) == b"hello"
+        boot.save(state)
+    state.write_bytes(state.read_bytes()[:5000])
+    with pytest.raises(LostError), Boot(spec("echo", incoming=state), tmp_path / "2"):
+        pass
+
+
+def test_a_machine_that_cannot_be_saved_goes_on(spec, tmp_path):
+    with Boot(spec("echo"), tmp_path / "1") as boot:
+        assert next(boot.lines(CONSOLE, 30.0)) == b"hello"
+        with pytest.raises(LostError, match="QMP "):
+            boot.save(tmp_path / "nowhere" / "state")
+        assert answers(boot, b"all the same")
+
+
+def test_kept_machines_are_few(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVM_HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(warm, "KEPT", 2)
+    with Boot(spec("echo"), tmp_path / "1") as boot:
+        for key in ("a" * 32, "b" * 32, "c" * 32):
+            warm.keep_warm(key, boot, f"hello of {key}")
+            os.utime(warm.area(warm.KIND) / ("a" * 32))
+    assert warm.find_warm("b" * 32) is None
+    found = warm.find_warm("a" * 32)
+    assert found.hello == "hello of " + "a" * 32
+    assert found.state.stat().st_size > 1000
+    warm.drop_warm("a" * 32)
+    assert warm.find_warm("a" * 32) is None
 
 
 # --- whoever started it fails -----------------------------------------------------------------------------------------

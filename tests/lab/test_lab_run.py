@@ -14,6 +14,7 @@ from typing import Final
 
 import pytest
 
+import harness.lab.warm
 from harness.journal import read_run
 from harness.lab.cache import area
 from harness.lab.configurations import configuration
@@ -22,10 +23,11 @@ from harness.lab.hardware import pinned_qemu
 from harness.lab.image import base_image
 from harness.lab.initramfs import initramfs, modules_to_load
 from harness.lab.kernel import debian_kernel
+from harness.lab.payload import runner_payload
 from harness.lab.planner import cell_plan
 from harness.lab.profile import load_profile
 from harness.lab.run import Options, run_cell
-from harness.lab.session import Cell, CellRun, runner_payload
+from harness.lab.session import Cell, CellRun
 from harness.verdict import Verdict
 
 HARNESS = [sys.executable, "-m", "harness"]
@@ -242,6 +244,58 @@ def test_ctrl_c_leaves_results_and_no_emulator(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in below)
 
 
+# --- machines that need not boot ---
+
+
+@pytest.fixture
+def own_machines(tmp_path, monkeypatch):
+    """Kept machines of this test alone."""
+    monkeypatch.setattr("harness.lab.warm.KIND", f"machine-{tmp_path.name}")
+    yield
+    shutil.rmtree(area(f"machine-{tmp_path.name}"))
+
+
+def test_a_machine_that_goes_on_shows_what_one_that_boots_does(cell, plan, profile, tmp_path, own_machines):
+    said, found = [], []
+    for folder in ("cold", "warm", "again"):
+        found.append(run(cell, plan, profile, tmp_path / folder, 1000, progress=said.append))
+    started = [line.split(" vmlinux")[0] for line in said if " vmlinux on " in line]
+    assert started == ["starting", "going on with", "going on with"]
+    assert [(r.name, r.verdict, r.checks) for r in found[0]] == [(r.name, r.verdict, r.checks) for r in found[1]]
+    assert [(r.name, r.verdict, r.checks) for r in found[0]] == [(r.name, r.verdict, r.checks) for r in found[2]]
+
+
+def test_a_kept_machine_that_is_of_no_use_is_made_anew(cell, plan, profile, tmp_path, own_machines):
+    run(cell, plan, profile, tmp_path / "1", 10)
+    (state,) = Path(area(harness.lab.warm.KIND)).glob("*/state")
+    state.write_bytes(state.read_bytes()[:100_000])
+    said = []
+    assert len(run(cell, plan, profile, tmp_path / "2", 10, progress=said.append)) == 10
+    assert any("the kept machine is of no use, so one boots" in line for line in said)
+    assert not state.exists()
+
+
+def test_what_is_lost_after_going_on_is_asked_of_one_that_boots(cell, plan, profile, tmp_path, own_machines):
+    run(cell, plan, profile, tmp_path / "1", 10)
+    said, killed = [], []
+
+    def take(result, allowed):
+        if len(killed) < 1:
+            killed.extend(emulators(os.getpid()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    CellRun(cell, plan, profile, tmp_path / "2", take, machines=1, progress=said.append).run(range(1000))
+    assert [line.split(" vmlinux")[0] for line in said if " vmlinux on " in line] == ["going on with", "starting"]
+
+
+def test_cold_machines_boot_and_are_not_kept(cell, plan, profile, tmp_path, own_machines):
+    said = []
+    for folder in "ab":
+        run(cell, plan, profile, tmp_path / folder, 10, progress=said.append, cold=True)
+    assert sum("starting vmlinux" in line for line in said) == 2
+    assert not list(area(harness.lab.warm.KIND).glob("*"))
+
+
 WARN = """------------[ cut here ]------------
 WARNING: CPU: 0 PID: 1 at arch/x86/kvm/regs.h:12 kvm_read_cr0+0x1/0x2 [kvm]
 ---[ end trace 0000000000000000 ]---"""
@@ -261,7 +315,7 @@ def with_start(monkeypatch, lines, *, once=False):
 
 def test_a_warning_of_the_kernel_is_blamed_on_one_case(cell, plan, profile, tmp_path, monkeypatch):
     with_start(monkeypatch, "while read -r line; do echo \"$line\" > /dev/kmsg; done <<'EOF'\n" + WARN + "\nEOF\n")
-    results = run(cell, plan, profile, tmp_path, len(plan.names))
+    results = run(cell, plan, profile, tmp_path, len(plan.names), cold=True)
     splats = [r for r in results if r.verdict is Verdict.SPLAT]
     assert len(splats) == 1
     assert "kvm_read_cr0" in splats[0].summary
@@ -270,7 +324,7 @@ def test_a_warning_of_the_kernel_is_blamed_on_one_case(cell, plan, profile, tmp_
 
 def test_a_panic_in_the_suite_is_the_kernels_and_the_rest_still_runs(cell, plan, profile, tmp_path, monkeypatch):
     with_start(monkeypatch, "echo c > /proc/sysrq-trigger", once=True)
-    results = run(cell, plan, profile, tmp_path, len(plan.names))
+    results = run(cell, plan, profile, tmp_path, len(plan.names), cold=True)
     splats = [r for r in results if r.verdict is Verdict.SPLAT]
     assert len(splats) == 1
     assert "panic" in splats[0].summary.lower()
@@ -281,12 +335,12 @@ def test_machines_that_panic_over_and_over_are_given_up(cell, plan, profile, tmp
     monkeypatch.setattr("harness.lab.session.BOOTS", 2)
     with_start(monkeypatch, "echo c > /proc/sysrq-trigger")
     with pytest.raises(LostError, match="2 machines were lost; given up"):
-        run(cell, plan, profile, tmp_path, len(plan.names))
+        run(cell, plan, profile, tmp_path, len(plan.names), cold=True)
 
 
 def test_a_runner_that_is_killed_costs_a_machine_and_no_verdict(cell, plan, profile, tmp_path, monkeypatch):
     with_start(monkeypatch, "kill -9 $agent", once=True)
-    results = run(cell, plan, profile, tmp_path, 600)
+    results = run(cell, plan, profile, tmp_path, 600, cold=True)
     assert [r.name for r in results] == list(plan.names[:600])
     assert results.verdicts <= {Verdict.AGREE, Verdict.KNOWN, Verdict.SUSPECT}
     assert len(list(tmp_path.glob("boot-*"))) == 2
@@ -295,7 +349,7 @@ def test_a_runner_that_is_killed_costs_a_machine_and_no_verdict(cell, plan, prof
 def test_a_kernel_that_falls_silent_in_the_suite_is_the_kernels_defect(cell, plan, profile, tmp_path, monkeypatch):
     monkeypatch.setattr("harness.lab.session.SILENCE_LIMIT", 10.0)
     with_start(monkeypatch, "kill -STOP $agent", once=True)
-    results = run(cell, plan, profile, tmp_path, 600)
+    results = run(cell, plan, profile, tmp_path, 600, cold=True)
     splats = [r for r in results if r.verdict is Verdict.SPLAT]
     assert len(splats) == 1
     assert "fell silent for 10 s" in splats[0].summary

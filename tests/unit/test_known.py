@@ -149,6 +149,15 @@ def test_a_timeout_and_a_missing_exception():
     assert not row("no-exception").explains(case, differing(case, want, seen(case, Halt(), rip=STUBS + 0x61)))
 
 
+def test_an_exception_from_elsewhere_may_change_the_registers_that_are_named():
+    case = case_of("f4")
+    want, got = seen(case, Halt(), rip=STUBS + 0xD1), seen(case, Halt(), rip=STUBS + 0xD1, rbx=5)
+    assert row("exception 13", []).explains(case, differing(case, want, got))
+    assert row("exception 13", ["r[ab]x"]).explains(case, differing(case, want, got))
+    assert not row("exception 13", ["rax"]).explains(case, differing(case, want, got))
+    assert not row("exception 6", ["rbx"]).explains(case, differing(case, want, got))
+
+
 def test_memory_that_was_not_written_holds_what_it_held():
     case = case_of("f4")
     both = seen(case, Halt())
