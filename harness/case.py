@@ -194,7 +194,7 @@ class Show(Action):
 
 @dataclass(frozen=True, slots=True)
 class Kick(Action):
-    """Run a guest that jumps to itself until a signal ends KVM_RUN with EINTR, and show the state."""
+    """Run a guest that stands at a jump to itself until a signal ends KVM_RUN with EINTR, and show the state."""
 
     kind: ClassVar[str] = "kick"
 

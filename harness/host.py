@@ -198,7 +198,9 @@ class Host:
         entry = bare.leaf(leaf)
         move = {"eax": b"", "ebx": b"\x89\xd8", "ecx": b"\x89\xc8"}[register]  # mov eax, REGISTER
         code = b"\xb8" + leaf.to_bytes(4, "little") + b"\x31\xc9\x0f\xa2" + move + b"\xf4"
-        return entry is not None and self._rax(mode, code, bare) & 0xFFFFFFFF == getattr(entry, register)
+        # OSXSAVE and OSPKE follow CR4, whatever the leaves say.
+        fixed = _DYNAMIC.get(leaf, {}).get(register, 0xFFFFFFFF) & 0xFFFFFFFF
+        return entry is not None and not (self._rax(mode, code, bare) ^ getattr(entry, register)) & fixed
 
     def _saved_rip(self, mode: str, code: bytes) -> int:
         """RIP in the 64-bit frame of the exception that this instruction ends with."""

@@ -101,10 +101,10 @@ def test_memory_difference_is_found_to_the_byte(machine, host):
 
 
 def test_a_signal_ends_the_run_of_a_guest_that_goes_on_where_it_was(machine, host):
-    go_on = (SetState((("rip", 0x1004),)), Run(8))
-    first, second, halt = run(machine, real_mode(host, "b055 ebfe 43 f4", actions=(Kick(), Kick(), *go_on)))
+    go_on = (SetState((("rip", 0x1002),)), Run(8))
+    first, second, halt = run(machine, real_mode(host, "ebfe 43 f4", actions=(Kick(), Kick(), *go_on)))
     assert (first.exit, second.exit, halt.exit) == (Interrupted(), Interrupted(), Halt())
-    assert [state_of(s).rip for s in (first, second, halt)] == [0x1002, 0x1002, 0x1006]
+    assert [state_of(s).rip for s in (first, second, halt)] == [0x1000, 0x1000, 0x1004]
     assert state_of(halt).gpr[3] == 0x2001
 
 
