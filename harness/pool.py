@@ -21,6 +21,7 @@ from harness.vm import Kvm, Vcpu, Vm
 _libc = ctypes.CDLL(None)
 _memcmp: Callable[[int, int, int], int] = _libc.memcmp
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_IDLE: Final = VmShape(slots=())
 _CR4_BYTE1, _EFER_BYTE1 = 249, 265  # in kvm_sregs and kvm_sregs2
 _VMXE, _SVME = 1 << 5, 1 << 4  # bit 13 of CR4, bit 12 of EFER
 
@@ -28,7 +29,7 @@ _VMXE, _SVME = 1 << 5, 1 << 4  # bit 13 of CR4, bit 12 of EFER
 class Warm:
     """A VM and its vCPU. Owns both."""
 
-    def __init__(self, kvm: Kvm, shape: VmShape, profile: CpuProfile) -> None:
+    def __init__(self, kvm: Kvm, shape: VmShape, profile: CpuProfile | None) -> None:
         self.vm = Vm(kvm, shape)
         try:
             self.vcpu = Vcpu(self.vm, profile)
@@ -133,12 +134,18 @@ def may_be_nested(sections: Mapping[str, bytes]) -> bool:
 
 
 class Pool:
-    """Warm VMs by (shape, profile), at most ``size``; the one least recently used makes room."""
+    """Warm VMs by (shape, profile), at most ``size``; the one least recently used makes room.
+
+    Beside them one VM that never runs: the first VM of a machine enables virtualization on every processor, its first
+    vCPU without a local APIC patches the kernel's code (``kvm_has_noapic_vcpu``), and the last ones undo both. That is
+    most of what making and closing a lone VM costs.
+    """
 
     def __init__(self, kvm: Kvm, size: int) -> None:
         self.kvm, self.size = kvm, size
         self._all: OrderedDict[tuple[VmShape, int], Warm] = OrderedDict()
         self._last: Warm | None = None
+        self._idle: Warm | None = None
 
     def get(self, shape: VmShape, profile: CpuProfile) -> Warm:
         """A VM of this shape whose vCPU has this profile; made afresh if there is none."""
@@ -150,6 +157,8 @@ class Pool:
         if warm is None:
             while len(self._all) >= self.size:
                 self.drop(next(iter(self._all.values())))
+            if self._idle is None:
+                self._idle = Warm(self.kvm, _IDLE, None)
             warm = self._all[key] = Warm(self.kvm, shape, profile)
         else:
             self._all.move_to_end(key)
@@ -168,6 +177,9 @@ class Pool:
         """Close every VM."""
         while self._all:
             self.drop(next(iter(self._all.values())))
+        if self._idle is not None:
+            self._idle.close()
+            self._idle = None
 
 
 class Packer:
