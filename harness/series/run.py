@@ -191,7 +191,7 @@ class SeriesRun:
                 continue
             most_bad = len(cell.now.failures()) + _MOST_BAD
             options = self._options(self._tier(cell, code), most_bad)
-            trace = self._trace(folder.relative_to(self.folder.path), cell.flavour, code.functions | code.added)
+            trace = self._trace(folder.relative_to(self.folder.path), cell.flavour, code.touched)
             pending.jobs[cell.name] = CellJob(
                 self._cell(cell, built[cell.flavour]), folder / cell.name, options, trace=trace
             )
@@ -262,7 +262,7 @@ class SeriesRun:
         for cell in self.setup.cells:
             on_base, second = found.get(f"{cell.name} on BASE again"), found.get(f"{cell.name} again")
             if on_base is not None and not on_base.problem:
-                cell.base.quarantine(on_base.records)
+                cell.base.quarantine(cell.records(on_base))
                 result = results[cell.name]
                 if result.problem and not cell.records(result):
                     record = not_booting(result)
