@@ -293,7 +293,9 @@ class SeriesRun:
         config = f"--config {cell.configuration.name} -k {{}}"
         if cell.configuration.edits:
             return f"git checkout COMMIT && kvm-harness lab run --tree {self.setup.tree} {config}"
-        return f"kvm-harness lab run --kernel {job.cell.kernel.image} {config}"
+        image = job.cell.kernel.image
+        packed = image.with_name("bzImage")  # what the lab boots itself may be the ELF file beside it
+        return f"kvm-harness lab run --kernel {packed if packed.is_file() else image} {config}"
 
     def _submit(self, jobs: Mapping[str, CellJob]) -> dict[Future[Path], str]:
         return {self._executor.submit(run_job, job): name for name, job in jobs.items()}

@@ -143,8 +143,10 @@ class CellReport:
             return f"{len(self.failures)} {self.verdict.value}"
         if self.problem:
             return "lost"
-        more = f", {len(self.inherited)} inherited" if self.inherited else ""
-        return f"agree{more}" if not self.others else f"{len(self.others)} changed{more}"
+        mended = sum(c.mended for c in self.others)
+        counts = ((mended, "mended"), (len(self.others) - mended, "changed"), (len(self.inherited), "inherited"))
+        more = [f"{count} {what}" for count, what in counts if count]
+        return ", ".join(more if len(self.others) > mended else ["agree", *more])
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
