@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from harness.case import Case, Observation
 from harness.exits import Exit, Io
 from harness.machine import ComparableMachine, Machine, MemoryDiff
-from harness.state import FieldDiff, diff, unpack_sections
+from harness.state import FieldDiff, diff, pack_sections, unpack_sections
 
 _VM: Final = 1 << 17
 _RFLAGS_AT: Final = 136  # in struct kvm_regs, its last field
@@ -154,11 +154,19 @@ def lockstep(case: Case, left: Machine, right: ComparableMachine) -> Outcome:
 
 
 def _checksum(value: int, expected: Observation, got: Observation) -> int:
-    value = zlib.crc32(b"|", value)
     for name, data in got.sections.items():
-        if expected.sections.get(name) != data:
+        want = expected.sections.get(name, b"")
+        if name == "events" and want != data:
+            want, data = _current_events(want), _current_events(data)
+        if want != data:
             value = zlib.crc32(data, zlib.crc32(name.encode(), value))
     return value
+
+
+@lru_cache(maxsize=256)
+def _current_events(data: bytes) -> bytes:
+    """Without what is left of events that are over: that depends on the host's page faults and timers."""
+    return pack_sections(unpack_sections({"events": data}), ("events",))["events"] if data else b""
 
 
 def _batch(first: Observation, rest: Iterator[Observation], count: int) -> Observation:

@@ -15,11 +15,13 @@ from harness.lab.edits import named
 from harness.lab.kbuild import BuildError, BuiltKernel, Keep, Variant, kernel_from_tree, kernel_key
 from harness.series.code import CodeChange, CodeRecord, compare, record
 from harness.series.git import Commit
+from harness.series.normal import OF
 from harness.series.state import read, write
 from harness.series.verdict import Build, Code
 
 KVM_OBJECTS: Final = ("arch/x86/kvm/", "virt/kvm/")
 _RECORD: Final = "code.json.gz"
+_NOT_RUN: Final = ".orc_unwind"  # tables of stack unwinding: of no account for what a cell reaches
 _VERSION: Final = "1"  # of what is kept of a build: raise it when records are made differently
 
 
@@ -124,11 +126,17 @@ def _load(folder: Path) -> CodeRecord:
 def code_of(change: CodeChange, against: str = "") -> Code:
     """A change of code as verdicts see it."""
     added = {d.symbol.partition("#")[0] for d in change.added if d.kind == "function"}
+    here = [d for d in change.differences if d.new_size is not None and not d.symbol.startswith(_NOT_RUN)]
+    functions = {
+        (d.symbol.partition(OF)[2] or d.symbol).partition("#")[0]
+        for d in here if d.kind in ("function", "table") or d.symbol.startswith(".")
+    }  # fmt: skip
     return Code(
         change.identical,
-        frozenset(name.partition("#")[0] for name in change.functions) - added,
+        frozenset(functions - added),
         frozenset(added),
-        frozenset(d.symbol for d in change.differences if d.kind == "data" and d.new_size is not None),
+        frozenset(d.symbol for d in here if d.kind == "data"),
+        frozenset(user for d in here if d.kind == "data" for user in d.users),
         frozenset(d.symbol for d in change.removed if d.kind in ("function", "data")),
         {r.old: r.new for r in change.renamed},
         frozenset(d.file for d in change.differences),
@@ -140,17 +148,9 @@ def code_of(change: CodeChange, against: str = "") -> Code:
 def reaches(code: Code, base: Built, executed: Collection[str], unknown: Collection[str]) -> bool:
     """Whether a cell that executes those functions may execute what has changed. When in doubt, it may.
 
-    ``unknown``: functions of BASE of which nobody knows. Data is taken to be used by the functions of its object.
+    ``unknown``: functions of BASE of which nobody knows. Data is reached by those that refer to it; new functions by
+    those that changed.
     """
     followed = set(base.functions)
-    if any(name in executed or name in unknown or name not in followed for name in code.functions):
-        return True
-    if code.added and not code.functions:
-        return True
-    for file in code.objects if code.tables or code.removed else ():
-        found = base.record.objects.get(file)
-        if found is None or not file.startswith(KVM_OBJECTS):
-            return True
-        if any(item.key in executed or item.key in unknown for item in found.items if item.kind == "function"):
-            return True
-    return not (code.functions or code.tables or code.added or code.removed)
+    touched = code.functions | code.users
+    return not touched or any(n in executed or n in unknown or n not in followed for n in touched)

@@ -112,8 +112,8 @@ def reached_lines(found: Reached) -> list[str]:
     """For people: always a line, and one for each kind of function that was not reached."""
     total = len(found.executed) + len(found.never) + len(found.unknown)
     if not total:
-        return ["no function changed"]
-    lines = [f"{len(found.executed)} of {total} changed functions were executed"]
+        return ["no function changed, nor data that one refers to"]
+    lines = [f"{len(found.executed)} of {total} functions that changed, or whose data did, were executed"]
     if found.never:
         lines.append(_line("changed but never executed", found.never))
     if found.unknown:

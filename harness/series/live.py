@@ -55,7 +55,8 @@ class Live:
     def cells(self, number: int, done: Mapping[str, tuple[int, int]]) -> None:
         """How far the cells of a patch are."""
         self._number = number
-        self._running = {name: f"{n}/{total}" if total else "starts" for name, (n, total) in done.items()}
+        begun = {name: both for name, both in done.items() if both[1]} or done  # the others may still be waiting
+        self._running = {name: f"{n}/{total}" if total else "starts" for name, (n, total) in begun.items()}
         who = f"patch {number}" if number else "BASE"
         self._doing = f"{who}: " + ", ".join(f"{name} {text}" for name, text in self._running.items())
         self._paint()

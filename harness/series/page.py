@@ -141,7 +141,9 @@ def _cell(cell: CellReport) -> str:
     out = [f"{cell.tier}: {counts}; {cell.checks:,} checks, {cell.seconds:.0f} s" if cell.tier else "not run"]
     if cell.problem:
         out.append(f'<br><span class="note">lost: {escape(cell.problem)}</span>')
-    for title, changes in (("", cell.failures), ("changed", cell.others)):
+    mended = [c for c in cell.others if c.mended]
+    changed = [c for c in cell.others if not c.mended]
+    for title, changes in (("", cell.failures), ("mended", mended), ("changed", changed)):
         items = [f"<li>{_change(cell, c)}</li>" for c in list(worst_first(changes))[:_MOST]]
         if len(changes) > _MOST:
             items.append(f"<li>... and {len(changes) - _MOST} more</li>")

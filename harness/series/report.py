@@ -102,7 +102,9 @@ def _cell_lines(patch: PatchReport) -> Iterator[str]:
             yield f"  {cell.cell + ':':10s} {ran}"
         if cell.problem:
             yield f"    lost: {cell.problem}"
-        for kind, changes in (("", cell.failures), ("changed: ", cell.others)):
+        mended = [c for c in cell.others if c.mended]
+        changed = [c for c in cell.others if not c.mended]
+        for kind, changes in (("", cell.failures), ("mended: ", mended), ("changed: ", changed)):
             shown = list(worst_first(changes))
             for change in shown[:_MOST]:
                 yield f"    {kind}{change.name}: {change_text(change)}"

@@ -191,7 +191,7 @@ class SeriesRun:
                 continue
             most_bad = len(cell.now.failures()) + _MOST_BAD
             options = self._options(self._tier(cell, code), most_bad)
-            trace = self._trace(folder.relative_to(self.folder.path), cell.flavour, code.functions | code.added)
+            trace = self._trace(folder.relative_to(self.folder.path), cell.flavour, code.touched)
             pending.jobs[cell.name] = CellJob(
                 self._cell(cell, built[cell.flavour]), folder / cell.name, options, trace=trace
             )
@@ -262,7 +262,7 @@ class SeriesRun:
         for cell in self.setup.cells:
             on_base, second = found.get(f"{cell.name} on BASE again"), found.get(f"{cell.name} again")
             if on_base is not None and not on_base.problem:
-                cell.base.quarantine(on_base.records)
+                cell.base.quarantine(cell.records(on_base))
                 result = results[cell.name]
                 if result.problem and not cell.records(result):
                     record = not_booting(result)
@@ -293,7 +293,9 @@ class SeriesRun:
         config = f"--config {cell.configuration.name} -k {{}}"
         if cell.configuration.edits:
             return f"git checkout COMMIT && kvm-harness lab run --tree {self.setup.tree} {config}"
-        return f"kvm-harness lab run --kernel {job.cell.kernel.image} {config}"
+        image = job.cell.kernel.image
+        packed = image.with_name("bzImage")  # what the lab boots itself may be the ELF file beside it
+        return f"kvm-harness lab run --kernel {packed if packed.is_file() else image} {config}"
 
     def _submit(self, jobs: Mapping[str, CellJob]) -> dict[Future[Path], str]:
         return {self._executor.submit(run_job, job): name for name, job in jobs.items()}

@@ -34,19 +34,26 @@ class Outcome(Enum):
 class Code:
     """What a patch did to the machine code of one flavour of the kernel.
 
-    ``functions`` changed, grew, shrank or are new; ``tables`` are the same of data; ``removed`` are gone; ``text`` is
-    for people. ``against``: the commit it was compared with, where that is not the patch's parent.
+    ``functions`` changed, ``added`` are new; ``tables`` is data that changed or is new, ``users`` the functions that
+    refer to it; ``removed`` are gone; ``text`` is for people. ``against``: the commit it was compared with, where that
+    is not the patch's parent.
     """
 
     identical: bool
     functions: frozenset[str] = frozenset()
     added: frozenset[str] = frozenset()
     tables: frozenset[str] = frozenset()
+    users: frozenset[str] = frozenset()
     removed: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
     objects: frozenset[str] = frozenset()
     text: tuple[str, ...] = ()
     against: str = ""
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Functions that do not do what they did, or not with the same data."""
+        return self.functions | self.added | self.users
 
     @property
     def brief(self) -> str:
@@ -63,8 +70,8 @@ class Code:
         """A JSON object."""
         return {
             "identical": self.identical, "functions": sorted(self.functions), "added": sorted(self.added),
-            "tables": sorted(self.tables), "removed": sorted(self.removed), "renamed": dict(self.renamed),
-            "objects": sorted(self.objects), "against": self.against,
+            "tables": sorted(self.tables), "users": sorted(self.users), "removed": sorted(self.removed),
+            "renamed": dict(self.renamed), "objects": sorted(self.objects), "against": self.against,
         }  # fmt: skip
 
 
@@ -136,8 +143,10 @@ class CellReport:
             return f"{len(self.failures)} {self.verdict.value}"
         if self.problem:
             return "lost"
-        more = f", {len(self.inherited)} inherited" if self.inherited else ""
-        return f"agree{more}" if not self.others else f"{len(self.others)} changed{more}"
+        mended = sum(c.mended for c in self.others)
+        counts = ((mended, "mended"), (len(self.others) - mended, "changed"), (len(self.inherited), "inherited"))
+        more = [f"{count} {what}" for count, what in counts if count]
+        return ", ".join(more if len(self.others) > mended else ["agree", *more])
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""

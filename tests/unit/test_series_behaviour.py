@@ -179,6 +179,6 @@ def test_two_cells_together(symbols):
 
 def test_never_executed_is_always_said():
     assert reached_lines(Reached(frozenset("a"), frozenset("b"))) == [
-        "1 of 2 changed functions were executed", "changed but never executed: b",
+        "1 of 2 functions that changed, or whose data did, were executed", "changed but never executed: b",
     ]  # fmt: skip
-    assert reached_lines(Reached()) == ["no function changed"]
+    assert reached_lines(Reached()) == ["no function changed, nor data that one refers to"]
