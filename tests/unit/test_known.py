@@ -167,6 +167,22 @@ def test_memory_that_was_not_written_holds_what_it_held():
     assert not row("not-written").explains(case, differing(case, both, both, [other]))
 
 
+def test_a_saved_image_without_a_bit():
+    case = case_of("f4")
+    both = seen(case, Halt())
+
+    def explains(want, got, wrong="saved clear 0x200", **values):
+        found = differing(case, both, seen(case, Halt(), **values), [MemoryDiff(DATA_BASE, want, got)])
+        return row(wrong).explains(case, found)
+
+    assert explains(b"\x02\x73", b"\x00\x73")
+    assert not explains(b"\x00\x73", b"\x02\x73")
+    assert not explains(b"\x06\x73", b"\x00\x73")
+    assert not explains(b"\x02\x73", b"\x00\x72")
+    assert not explains(b"\x02\x73", b"\x00\x73", "saved clear 0x400")
+    assert not explains(b"\x02\x73", b"\x00\x73", rax=5)
+
+
 def test_a_saved_rip_past_an_int_n():
     case = case_of("cd40f4")
     both = seen(case, Halt())
