@@ -38,9 +38,11 @@ class Warm:
 
 
 def warm_key(spec: BootSpec, *contents: str) -> str:
-    """The key of what ``spec`` starts; ``contents`` are digests of the emulator and of all files but the last disk."""
-    words = (spec.append, spec.cpu, spec.smp, spec.memory, spec.channels, spec.serials, len(spec.disks), spec.options)
-    return digest(_VERSION, *contents, repr(words))
+    """The key of what ``spec`` starts; ``contents`` are digests of what its files hold. The last disk may be any."""
+    files = [path for path in (spec.emulator.binary, spec.kernel, spec.initramfs, *spec.disks[:-1]) if path is not None]
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    words = (spec.append, spec.cpu, spec.smp, spec.memory, spec.channels, spec.serials, spec.options)
+    return digest(_VERSION, *contents, repr((stamps, words)))
 
 
 def find_warm(key: str) -> Warm | None:
