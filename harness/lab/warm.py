@@ -17,7 +17,7 @@ from typing import Final
 
 from harness.lab.boot import CONSOLE_LOG, Boot
 from harness.lab.bootspec import BootSpec
-from harness.lab.cache import area, cached, digest
+from harness.lab.cache import area, cached, digest, prune
 from harness.lab.errors import LabError
 
 KIND: Final = "machine"
@@ -64,9 +64,7 @@ def keep_warm(key: str, boot: Boot, hello: str) -> None:
         shutil.copyfile(boot.folder / CONSOLE_LOG, folder / CONSOLE_LOG)
 
     cached(KIND, key, make)
-    entries = [path for path in area(KIND).iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for path in sorted(entries, key=lambda p: p.stat().st_mtime, reverse=True)[KEPT:]:
-        shutil.rmtree(path, ignore_errors=True)
+    prune(KIND, KEPT)
 
 
 def drop_warm(key: str) -> None:
