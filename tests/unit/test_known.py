@@ -149,6 +149,15 @@ def test_a_timeout_and_a_missing_exception():
     assert not row("no-exception").explains(case, differing(case, want, seen(case, Halt(), rip=STUBS + 0x61)))
 
 
+def test_a_guest_that_runs_on_ends_elsewhere():
+    case = case_of("f4")
+    want = seen(case, Halt(), rip=CODE_BASE + 1)
+    assert row("runs-on", []).explains(case, differing(case, want, seen(case, Halt(), rip=STUBS + 0x61, rsp=4)))
+    assert not row("runs-on", []).explains(case, differing(case, want, seen(case, Halt(), rip=CODE_BASE + 1, rsp=4)))
+    in_handler = seen(case, Halt(), rip=STUBS + 0xD1)
+    assert not row("runs-on", []).explains(case, differing(case, in_handler, seen(case, Halt(), rip=STUBS + 0x61)))
+
+
 def test_an_exception_from_elsewhere_may_change_the_registers_that_are_named():
     case = case_of("f4")
     want, got = seen(case, Halt(), rip=STUBS + 0xD1), seen(case, Halt(), rip=STUBS + 0xD1, rbx=5)
