@@ -94,3 +94,10 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def prune(kind: str, keep: int) -> None:
+    """Keep so many entries of a kind, those that were used last: who finds one sets its time stamp."""
+    entries = [path for path in area(kind).iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for path in sorted(entries, key=lambda p: p.stat().st_mtime, reverse=True)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)

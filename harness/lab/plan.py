@@ -55,7 +55,7 @@ class Plan:
 
     @cached_property
     def _open(self) -> PlanReader:
-        return PlanReader(self.path.open("rb"))
+        return PlanReader(self.path.open("rb"), keep=8)  # machines side by side, each with groups of its own
 
     def planned(self, index: int) -> tuple[Case, Steps]:
         """One Case with what is expected of it."""
@@ -66,8 +66,9 @@ class Plan:
 class PlanReader:
     """Reads groups of a plan from a file or a disk. ValueError when it holds no plan of this format."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, keep: int = 1) -> None:
+        """``keep`` groups stay in memory once they were read."""
+        self._file, self._keep = file, keep
         line = file.readline()
         try:
             header = json.loads(line)
@@ -78,12 +79,13 @@ class PlanReader:
         self.header: dict[str, Any] = header
         self.groups = tuple(Group(*g) for g in header["groups"])
         self._profiles: list[CpuProfile] = []
-        self._cached: tuple[int, list[tuple[Case, Steps]]] = (-1, [])
+        self._cached: dict[int, list[tuple[Case, Steps]]] = {}  # the one that was used last is the last
 
     def group(self, number: int) -> list[tuple[Case, Steps]]:
         """The Cases of a group, with their Observations."""
-        if self._cached[0] == number:
-            return self._cached[1]
+        if number in self._cached:
+            self._cached[number] = self._cached.pop(number)
+            return self._cached[number]
         group = self.groups[number]
         if not self._profiles:
             self._file.seek(self.header["profiles"][0])
@@ -97,7 +99,9 @@ class PlanReader:
                 for seen in observations:
                     if seen.pages:
                         seen.pages = _pages(case, seen.pages)  # type: ignore[arg-type]  # Runs until here
-        self._cached = (number, found)
+        self._cached[number] = found
+        while len(self._cached) > self._keep:
+            del self._cached[next(iter(self._cached))]
         return found
 
 

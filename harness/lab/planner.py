@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Final
 
 from harness.case import Case, profile_digest
 from harness.guest import GUESTS_DIR
-from harness.lab.cache import Progress, cached, digest, digest_tree
+from harness.lab.cache import Progress, cached, digest, digest_tree, prune
 from harness.lab.configurations import Configuration
 from harness.lab.errors import LabInputError
 from harness.lab.plan import Plan, read_plan, write_plan
 from harness.lab.profile import Profile
 
 TIERS: Final = ("smoke", "full")
+KEPT: Final = 48
+"""Plans that stay in the cache, of 20 to 150 MB each: two tiers of a dozen cells, before and after a change."""
 _HARNESS: Final = Path(__file__).resolve().parent.parent
 _DATA: Final = ("case.py", "state.py", "modes.py", "cpuid.py", "exits.py", "machine.py")
 _MODEL: Final = ("reference/*.py", "paths/*.py", *_DATA)
@@ -46,7 +49,10 @@ def cell_plan(configuration: Configuration, profile: Profile, tier: str, progres
                 cases.append(case)
         write_plan(folder / "plan", key, cases, skipped)
 
-    return read_plan(cached("plan", key, make) / "plan")
+    folder = cached("plan", key, make)
+    os.utime(folder)  # used now
+    prune("plan", KEPT)
+    return read_plan(folder / "plan")
 
 
 def _cases(configuration: Configuration, profile: Profile, tier: str) -> Iterable[Case]:

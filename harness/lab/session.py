@@ -228,7 +228,8 @@ class CellRun:
         runner = runner_payload(self._progress)
         cell = self.cell
         spec = cell.spec([runner, *([self.plan.path] if self.plan is not None else [])])
-        key = warm_key(spec, cell.emulator.digest, cell.kernel.digest, cell.image.digest, runner.parent.name)
+        spec.check()
+        key = warm_key(spec, cell.emulator.digest, cell.kernel.digest, cell.image.digest)
         warm = None if self._cold else find_warm(key)
         if warm is not None:
             spec = replace(spec, incoming=warm.state)

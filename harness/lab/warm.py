@@ -17,7 +17,7 @@ from typing import Final
 
 from harness.lab.boot import CONSOLE_LOG, Boot
 from harness.lab.bootspec import BootSpec
-from harness.lab.cache import area, cached, digest
+from harness.lab.cache import area, cached, digest, prune
 from harness.lab.errors import LabError
 
 KIND: Final = "machine"
@@ -38,9 +38,11 @@ class Warm:
 
 
 def warm_key(spec: BootSpec, *contents: str) -> str:
-    """The key of what ``spec`` starts; ``contents`` are digests of the emulator and of all files but the last disk."""
-    words = (spec.append, spec.cpu, spec.smp, spec.memory, spec.channels, spec.serials, len(spec.disks), spec.options)
-    return digest(_VERSION, *contents, repr(words))
+    """The key of what ``spec`` starts; ``contents`` are digests of what its files hold. The last disk may be any."""
+    files = [path for path in (spec.emulator.binary, spec.kernel, spec.initramfs, *spec.disks[:-1]) if path is not None]
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    words = (spec.append, spec.cpu, spec.smp, spec.memory, spec.channels, spec.serials, spec.options)
+    return digest(_VERSION, *contents, repr((stamps, words)))
 
 
 def find_warm(key: str) -> Warm | None:
@@ -62,9 +64,7 @@ def keep_warm(key: str, boot: Boot, hello: str) -> None:
         shutil.copyfile(boot.folder / CONSOLE_LOG, folder / CONSOLE_LOG)
 
     cached(KIND, key, make)
-    entries = [path for path in area(KIND).iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for path in sorted(entries, key=lambda p: p.stat().st_mtime, reverse=True)[KEPT:]:
-        shutil.rmtree(path, ignore_errors=True)
+    prune(KIND, KEPT)
 
 
 def drop_warm(key: str) -> None:

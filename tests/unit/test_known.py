@@ -149,6 +149,15 @@ def test_a_timeout_and_a_missing_exception():
     assert not row("no-exception").explains(case, differing(case, want, seen(case, Halt(), rip=STUBS + 0x61)))
 
 
+def test_a_guest_that_runs_on_ends_elsewhere():
+    case = case_of("f4")
+    want = seen(case, Halt(), rip=CODE_BASE + 1)
+    assert row("runs-on", []).explains(case, differing(case, want, seen(case, Halt(), rip=STUBS + 0x61, rsp=4)))
+    assert not row("runs-on", []).explains(case, differing(case, want, seen(case, Halt(), rip=CODE_BASE + 1, rsp=4)))
+    in_handler = seen(case, Halt(), rip=STUBS + 0xD1)
+    assert not row("runs-on", []).explains(case, differing(case, in_handler, seen(case, Halt(), rip=STUBS + 0x61)))
+
+
 def test_an_exception_from_elsewhere_may_change_the_registers_that_are_named():
     case = case_of("f4")
     want, got = seen(case, Halt(), rip=STUBS + 0xD1), seen(case, Halt(), rip=STUBS + 0xD1, rbx=5)
@@ -165,6 +174,22 @@ def test_memory_that_was_not_written_holds_what_it_held():
     assert row("not-written").explains(case, differing(case, both, both, [old]))
     other = MemoryDiff(DATA_BASE, b"\0\0\0\0", b"\x77\x78\0\x77")
     assert not row("not-written").explains(case, differing(case, both, both, [other]))
+
+
+def test_a_saved_image_without_a_bit():
+    case = case_of("f4")
+    both = seen(case, Halt())
+
+    def explains(want, got, wrong="saved clear 0x200", **values):
+        found = differing(case, both, seen(case, Halt(), **values), [MemoryDiff(DATA_BASE, want, got)])
+        return row(wrong).explains(case, found)
+
+    assert explains(b"\x02\x73", b"\x00\x73")
+    assert not explains(b"\x00\x73", b"\x02\x73")
+    assert not explains(b"\x06\x73", b"\x00\x73")
+    assert not explains(b"\x02\x73", b"\x00\x72")
+    assert not explains(b"\x02\x73", b"\x00\x73", "saved clear 0x400")
+    assert not explains(b"\x02\x73", b"\x00\x73", rax=5)
 
 
 def test_a_saved_rip_past_an_int_n():
