@@ -434,6 +434,9 @@ def pack_sections(state: CpuState, names: Iterable[str]) -> dict[str, bytes]:
     return {name: SECTIONS[name][0](state) for name in names}
 
 
+_NO_GPR: Final = (0,) * 32
+
+
 def unpack_sections(sections: Mapping[str, bytes]) -> CpuState:
     """The state held by ``sections``; registers no section holds keep their defaults."""
     out: dict[str, Any] = {}
@@ -442,8 +445,8 @@ def unpack_sections(sections: Mapping[str, bytes]) -> CpuState:
         values = SECTIONS[name][1](data)
         egpr = values.pop("egpr", egpr)
         out.update(values)
-    if egpr and "gpr" in out:
-        out["gpr"] = out["gpr"][:16] + egpr
+    if egpr:
+        out["gpr"] = out.get("gpr", _NO_GPR)[:16] + egpr
     return CpuState(**out)
 
 
