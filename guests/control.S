@@ -231,3 +231,29 @@ or $0x80000000, %eax
 mov %eax, %cr4
 .endif
 fin
+.macro t_osxsave r
+test osxsave_\r
+mov %cr4, %\r
+or $0x40000, %\r
+mov %\r, %cr4
+mov $1, %eax
+xor %ecx, %ecx
+cpuid
+fin
+test osxsave_off_\r
+mov %cr4, %\r
+or $0x40000, %\r
+mov %\r, %cr4
+xor $0x40000, %\r
+mov %\r, %cr4
+mov $1, %eax
+xor %ecx, %ecx
+cpuid
+fin
+.endm
+.if BITS == 64
+t_osxsave rsi
+t_osxsave r15
+.else
+t_osxsave esi
+.endif

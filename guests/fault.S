@@ -121,12 +121,18 @@ push %rbx
 ret
 .macro t_ud64 op
 test ud_\op
-.byte 0x\op, 0xc0, 0, 0, 0
+raw 0x\op, 0xc0, 0, 0, 0
 fin
 .endm
 .irp op, 06,0e,16,1e,27,2f,37,3f,60,61,82,9a,ea,d6
 t_ud64 \op
 .endr
+test ud_d5	# no AAD, and no REX2 for a row of the opcode map that has none
+raw 0xd5, 0, 0x40
+fin
+test ud_d4
+raw 0xd4, 0, 0x40
+fin
 .else
 test bound_in
 point_b
@@ -186,3 +192,20 @@ hlt
 test cli_hlt
 cli
 hlt
+.if BITS == 64	# addresses of more than 32 bits, canonical and mapped nowhere
+.macro t_far name, address
+test far_read_\name
+movabs $\address, %rbx
+mov 0x18(%rbx), %eax
+fin
+test far_write_\name
+movabs $\address, %rbx
+mov %eax, 0x18(%rbx)
+fin
+test far_jump_\name
+movabs $\address, %rbx
+jmp *%rbx
+.endm
+t_far low, 0x123456789000
+t_far high, 0xffff923456789000
+.endif

@@ -216,3 +216,14 @@ loop 1f
 fin
 1: mov $0x66, %dl
 fin
+.if REALSEG	# past 64 KiB the instruction pointer starts over: the halt is at 1100H
+.macro t_wraps name, code
+test wraps_\name
+movb $0xf4, %cs:0x1100
+\code
+fin
+.endm
+t_wraps jmp, ".byte 0xe9; .word 0x1100-.-2"
+t_wraps call, ".byte 0xe8; .word 0x1100-.-2"
+t_wraps jcc, "stc; .byte 0x0f, 0x82; .word 0x1100-.-2"
+.endif

@@ -297,3 +297,23 @@ test xlat
 point_b
 xlat
 fin
+.if BITS == 16	# the stack pointer has 16 bits, whatever is above them
+.macro t_high_esp name, code
+test high_esp_\name
+or $0x5a5a0000, %esp
+\code
+fin
+.endm
+t_high_esp push_pop, "push %cx; pop %dx"
+t_high_esp pushl_popl, "pushl %ecx; popl %edx"
+t_high_esp pusha_popa, "pusha; popa"
+t_high_esp push_mem, "point_b; push (pb); pop 2(pb)"
+t_high_esp pushf_popf, "pushf; popf"
+t_high_esp call_ret, "call 1f; jmp 2f; 1: ret; 2: nop"
+t_high_esp enter_leave, "enter $8, $0; leave"
+test sp_wraps
+mov $0x7fff0000, %esp
+push %cx
+pop %dx
+fin
+.endif

@@ -41,6 +41,29 @@ add (pb), %\r
 fin
 .endm
 each t_every
+.if BITS == 64	# every index register, scaled; and bases that need REX.B
+.macro t_sib r
+test load_index_\r
+mov $0x15, %\r
+mov $(MMIO_OFF+0x300), pb
+mov 8(pb,%\r,4), %edx
+mov %edx, 8(pb,%\r,8)
+fin
+.endm
+.irp r, rax,rcx,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
+t_sib \r
+.endr
+.macro t_base r
+test load_base_\r
+mov $(MMIO_OFF+0x340), %\r
+mov 8(%\r), %edx
+mov %edx, 0x1000(%\r)
+fin
+.endm
+.irp r, rax,rcx,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
+t_base \r
+.endr
+.endif
 .macro t_si r
 test load_si_\r
 mmio_si

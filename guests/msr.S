@@ -104,6 +104,18 @@ test rdmsr_fs_base
 mov $0xc0000100, %ecx
 rdmsr
 fin
+.macro t_high_base name, index
+test wrmsr_\name\()_high
+mov $\index, %ecx
+mov $0x9abcdef0, %eax
+mov $0x00001234, %edx
+wrmsr
+out %al, $0x10
+rdmsr
+fin
+.endm
+t_high_base fs_base, 0xc0000100
+t_high_base gs_base, 0xc0000101
 test wrmsr_noncanonical
 mov $0xc0000082, %ecx
 mov $0, %eax

@@ -389,3 +389,49 @@ popw %gs
 .endif
 fin
 .endif
+.if REALSEG + USER == 0	# a descriptor whose accessed bit is clear: loading it sets the bit, here and in memory
+.macro flat_fs
+.if BITS != 64
+mov $SEL_FLAT, %eax
+mov %eax, %fs
+.endif
+.endm
+.macro at_gdt insn, sel
+.if BITS == 64
+\insn $~1, GDT_LINEAR+(\sel & ~7)+5
+.else
+\insn $~1, %fs:GDT_LINEAR+(\sel & ~7)+5
+.endif
+.endm
+.macro t_unaccessed seg
+test unaccessed_\seg
+flat_fs
+at_gdt andb, SEL_ES
+mov $SEL_ES, %ecx
+mov %ecx, %\seg
+fin
+.endm
+.irp seg, es,ds,gs
+t_unaccessed \seg
+.endr
+test unaccessed_ss
+flat_fs
+at_gdt andb, SEL_SS
+mov $SEL_SS, %ecx
+mov %ecx, %ss
+fin
+test unaccessed_cs
+flat_fs
+at_gdt andb, SEL_CS
+.if BITS == 64
+push $SEL_CS
+lea 1f(%rip), %rax
+push %rax
+lretq
+.elseif BITS == 32
+ljmpl $SEL_CS, $1f
+.else
+ljmpw $SEL_CS, $1f
+.endif
+1: fin
+.endif

@@ -57,11 +57,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class VmShape:
-    """The VM around the vCPU: RAM slots, interrupt controller, capabilities to enable (number -> arguments)."""
+    """The VM around the vCPU: RAM slots, interrupt controller, capabilities to enable (number -> arguments).
+
+    ``smm``: the slots are there in system management mode too, which KVM gives an address space of its own.
+    """
 
     slots: tuple[Slot, ...] = (Slot(0, 0x20000),)
     irqchip: str = "none"
     caps: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    smm: bool = False
 
     def __post_init__(self) -> None:
         if self.irqchip not in IRQCHIPS:
@@ -146,6 +150,14 @@ class Run(Action):
 
 
 @dataclass(frozen=True, slots=True)
+class Window(Action):
+    """Run until an interrupt can be injected (KVM_EXIT_IRQ_WINDOW_OPEN), up to ``limit`` exits or a terminal one."""
+
+    limit: int = 64
+    kind: ClassVar[str] = "window"
+
+
+@dataclass(frozen=True, slots=True)
 class Complete(Action):
     """Complete the operation that ``Run(complete=False)`` left pending, and show the state."""
 
@@ -209,7 +221,7 @@ class Switch(Action):
 
 @dataclass(frozen=True, slots=True)
 class Inject(Action):
-    """Queue an event for the next run. ``event``: ``exception``, ``interrupt`` or ``nmi``."""
+    """Queue an event for the next run. ``event``: ``exception``, ``interrupt``, ``nmi`` or ``smi``."""
 
     event: str
     vector: int = 2
@@ -233,7 +245,7 @@ class SaveRestore(Action):
 
 
 ACTIONS: Final[dict[str, type[Action]]] = {
-    c.kind: c for c in (Run, Complete, SetState, Inject, Step, SaveRestore, Try, Show, Kick, Switch)
+    c.kind: c for c in (Run, Window, Complete, SetState, Inject, Step, SaveRestore, Try, Show, Kick, Switch)
 }
 
 
@@ -327,7 +339,7 @@ class Case:
                 requires=frozenset(body["requires"]),
                 shape=VmShape(
                     tuple(Slot(*s) for s in shape["slots"]), shape["irqchip"],
-                    tuple((n, tuple(args)) for n, args in shape["caps"]),
+                    tuple((n, tuple(args)) for n, args in shape["caps"]), bool(shape.get("smm", False)),
                 ),
                 actions=tuple(_action_from_json(a) for a in body["actions"]),
                 start=CpuState.from_flat(body["start"]),
@@ -365,6 +377,7 @@ def shape_json(shape: VmShape) -> dict[str, Any]:
         "slots": [[s.gpa, s.size] for s in shape.slots],
         "irqchip": shape.irqchip,
         "caps": [[n, list(args)] for n, args in shape.caps],
+        **({"smm": True} if shape.smm else {}),
     }
 
 

@@ -128,7 +128,7 @@ def force_emulation(text: str, name: str) -> str:
     """Assembler source with KVM's force-emulation prefix before each instruction; line numbers stay.
 
     The prefix is UD2 and the letters kvm (kvm.force_emulation_prefix; arch/x86/kvm/x86.c, handle_ud()). Directives,
-    labels, calls of macros, HLT through ``fin`` and raw bytes are left alone.
+    labels, calls of macros other than ``raw`` and HLT through ``fin`` are left alone.
     """
     macros = set(re.findall(r"^\s*\.macro\s+(\w+)", text, re.MULTILINE)) | _COMMON_MACROS
     out = [f'# 1 "{name}"']
@@ -143,7 +143,7 @@ def force_emulation(text: str, name: str) -> str:
 
 _COMMON_MACROS: Final = frozenset(
     re.findall(r"^\.macro\s+(\w+)", (GUESTS_DIR / "common.inc").read_text(), re.MULTILINE)
-)
+) - {"raw"}
 
 
 def cache_dir() -> Path:

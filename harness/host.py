@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from harness import kvm_ioctl as k
-from harness.case import Blob, Case, Memory, Observation, Run, Step
+from harness.case import Action, Blob, Case, Memory, Observation, Run, Step, Window
 from harness.cpuid import FEATURES, CpuidEntry, CpuProfile, with_features
-from harness.exits import Debug, Exit, Halt, InternalError, Io
+from harness.exits import Debug, Exit, Halt, InternalError, Io, IrqWindow
 from harness.lockstep import Difference
 from harness.machine import KvmMachine
 from harness.modes import CODE_BASE, MODES, STUBS, setup
@@ -41,6 +41,7 @@ PARAMETERS: Final = ("npt", "nested", "vgif", "avic", "ept", "unrestricted_guest
 _UD, _GP = 6, 13
 VECTORS: Final = {1: "#DB", 6: "#UD", 7: "#NM", 8: "#DF", 12: "#SS", 13: "#GP", 14: "#PF"}
 """Exceptions by name."""
+_MAP_GPA_RANGE: Final = 12  # KVM_HC_MAP_GPA_RANGE
 _FLAGS: Final = 0x8D7  # every arithmetic flag set: INTO is taken
 _FRAME_CS: Final = {"real": 2, "prot16": 2, "prot32": 4, "prot32-user": 4, "vm86": 4}  # offset of CS in the frame
 _PRIVILEGED: Final = {"long-user": "long", "compat-user": "compat", "prot32-user": "prot32"}
@@ -110,15 +111,16 @@ class Host:
     # --- probes ---
 
     def _run(
-        self, mode: str, code: bytes, *, step: bool = False, profile: CpuProfile | None = None, rflags: int = 0
-    ) -> list[Observation]:
+        self, mode: str, code: bytes, *, step: bool = False, profile: CpuProfile | None = None, rflags: int = 0,
+        action: Action | None = None,
+    ) -> list[Observation]:  # fmt: skip
         if self._machine is None:
             self._machine = KvmMachine(self.kvm, limit=self.limit)
         start = setup(mode, entry=CODE_BASE, profile=self.profile)
         state = replace(start.state, rflags=start.state.rflags | _FLAGS | rflags)
         case = Case(
             f"probe/{code.hex()}@{mode}", Memory((*start.blobs, Blob(CODE_BASE, code))), state,
-            profile or self.profile, bits=start.bits, actions=(Step(1) if step else Run(4),),
+            profile or self.profile, bits=start.bits, actions=(action or (Step(1) if step else Run(4)),),
         )  # fmt: skip
         self._machine.load(case)
         return list(self._machine.apply(case.actions[0]))
@@ -189,7 +191,27 @@ class Host:
             # mov ecx, 0x277; xor edx, edx; mov eax, 0x02020202; wrmsr; hlt
             pat = self._probe_vector("prot32", bytes.fromhex("b97702000031d2b8020202020f30f4"))
             out["pat-reserved-types"] = "" if pat == _GP else "WRMSR accepts reserved memory types in PAT"
+            out["hypercall"] = self._hypercall_missing()
+            out["irq-window"] = self._window_missing()
+            has_smm = self.kvm.capability(k.KVM_CAP_X86_SMM) and self.kvm.capability(k.KVM_CAP_MULTI_ADDRESS_SPACE) > 1
+            out["smm"] = "" if has_smm else "no system management mode (KVM_CAP_X86_SMM)"
         return out
+
+    def _window_missing(self) -> str:
+        """Why KVM does not tell userspace when interrupts are possible, or an empty string."""
+        try:
+            seen = self._run("prot32", b"\xfb\x90\x90\xf4", action=Window())  # sti; nop; nop; hlt
+        except (k.KvmError, LookupError) as error:
+            return str(error)
+        return "" if isinstance(seen[-1].exit, IrqWindow) else f"no interrupt window opens: {seen[-1].exit}"
+
+    def _hypercall_missing(self) -> str:
+        """Why hypercalls cannot be tried here, or an empty string."""
+        if not self.kvm.capability(k.KVM_CAP_EXIT_HYPERCALL) >> _MAP_GPA_RANGE & 1:
+            return "no hypercall leaves for userspace (KVM_CAP_EXIT_HYPERCALL)"
+        name, code = ("VMMCALL", b"\x0f\x01\xd9") if self.profile.amd else ("VMCALL", b"\x0f\x01\xc1")
+        seen = self._probe("prot32", b"\xb8\x63\x00\x00\x00" + code + b"\xf4")  # mov eax, 99: there is none
+        return "" if isinstance(seen, Halt) else f"{name} ends in {seen}"
 
     def _leaf_shown(self, mode: str, leaf: int, register: str) -> bool:
         """CPUID in the guest shows a register of a leaf whose named features were taken away with KVM_SET_CPUID2."""

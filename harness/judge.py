@@ -31,10 +31,11 @@ class Result:
     difference: Difference | None = field(default=None, compare=False)
 
     def to_json(self) -> Mapping[str, Any]:
-        """The journal's line."""
+        """The journal's line. ``differs`` names what differs, where something does."""
+        more = {"differs": list(self.difference.where)} if self.difference is not None else {}
         return {
             "case": self.name, "id": self.id, "verdict": self.verdict.value, "checks": self.checks,
-            "summary": self.summary, "seconds": round(self.seconds, 6),
+            "summary": self.summary, "seconds": round(self.seconds, 6), **more,
         }  # fmt: skip
 
 

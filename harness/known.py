@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.case import PAGE, Case, Observation
-from harness.exits import Debug, Halt, Shutdown, Timeout
+from harness.exits import Debug, Halt, Mmio, Shutdown, Timeout
 from harness.kernels import KernelRange, series_of
 from harness.lockstep import Difference, compare_registers
 from harness.machine import MemoryDiff
@@ -47,10 +47,10 @@ class KnownDivergence:
     ``lost-step``, it does not come, for that HLT ends the guest;
     ``whole-rep``, that of one iteration of a REP MOVSB after all of them; ``exception N``, the guest ends in the
     handler of vector N, where it must not or from another instruction, and only registers that the row names (if it
-    names any) differ; ``runs-on``, it goes on past the HLT that ends
-    it; ``no-shutdown``, it hangs, ends in KVM's internal error or reaches a handler where a triple fault must shut it
-    down; ``past-int``, an exception frame holds the address after an INT n where it must hold that of the INT n;
-    ``saved clear N``, a saved word lacks the bits of N.
+    names any) differ; ``runs-on``, it goes on past the HLT that ends it; ``mmio-items N``, the access to MMIO lies N of
+    its sizes away from the right one; ``no-shutdown``, it hangs, ends in an internal error or reaches a handler where
+    a triple fault must shut it down; ``past-int``, an exception frame holds the address after an INT n where it must
+    hold that of the INT n; ``saved clear N``, a saved word lacks the bits of N.
 
     ``kernels`` are those that have it, as in ``6.1..6.2`` or ``7.2..``. ``sometimes``: it shows at some runs only, and
     one that agrees says nothing of it.
@@ -86,6 +86,8 @@ class KnownDivergence:
             if want is None or got is None or not isinstance(want.exit, Shutdown):
                 return False
             return not got.exit.comparable or _stub(got) is not None
+        if isinstance(self.wrong, str) and self.wrong.startswith("mmio-items "):
+            return _mmio_items(difference) == int(self.wrong.split()[1])
         if difference.exits_differ:
             return False
         if self.wrong == "whole-rep":
@@ -210,6 +212,16 @@ def _page_end(found: MemoryDiff) -> bool:
     return all(gpa % PAGE >= PAGE - 8 for gpa in differing)
 
 
+def _mmio_items(difference: Difference) -> int | None:
+    """How many of its sizes an access to MMIO lies away from the right one, of the same size and direction."""
+    want = difference.expected.exit if difference.expected is not None else None
+    got = difference.got.exit if difference.got is not None else None
+    if not isinstance(want, Mmio) or not isinstance(got, Mmio) or (want.size, want.write) != (got.size, got.write):
+        return None
+    items, rest = divmod(got.address - want.address, want.size)
+    return None if rest else items
+
+
 def _stub(seen: Observation | None) -> int | None:
     """The vector in whose stub a guest has ended."""
     if seen is None or not seen.sections:
@@ -234,6 +246,8 @@ def _usable(wrong: object) -> bool:
     if isinstance(wrong, int) or wrong in _WRONG:
         return True
     verb, _, number = str(wrong).partition(" ")
+    if verb == "mmio-items":
+        return number.removeprefix("-").isdecimal()
     number = number.removeprefix("clear ") if verb == "saved" else number
     return (verb in ("clear", "set", "saved") and number.startswith("0x")) or (
         verb == "exception" and number.isdecimal()

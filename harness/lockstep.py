@@ -37,6 +37,13 @@ class Difference:
         """The machines left the guest for different reasons."""
         return self.expected is None or self.got is None or not same_exit(self.expected.exit, self.got.exit)
 
+    @property
+    def where(self) -> tuple[str, ...]:
+        """What differs, by name: registers and ``memory``, or ``exit`` when the exits themselves do."""
+        if self.exits_differ:
+            return ("exit",)
+        return (*(d.name for d in self.registers), *(("memory",) if self.memory else ()))
+
     def summary(self) -> str:
         """One line: what differs first."""
         if self.exits_differ:

@@ -29,6 +29,7 @@ from harness.case import (
     Step,
     Switch,
     Try,
+    Window,
 )
 from harness.exits import (
     Answer,
@@ -152,6 +153,7 @@ class KvmMachine:
         self._vcpus: list[Vcpu] = []  # the Case's, its own first, if it has several
         self._current: Vcpu | None = None
         self._poisoned = False  # the current vCPU went astray
+        self._smi = False  # the VM has seen system management mode: not all of what that leaves is in sections
         self._pending = False  # an operation waits for KVM_RUN to complete it; the next Case's would
         self._reads = 0
         self._sections: Sections = ()
@@ -178,7 +180,7 @@ class KvmMachine:
     def load(self, case: Case) -> None:
         """Give the Case its VM, RAM and start state. KvmError or LookupError when this KVM refuses some of it."""
         warm, start = self._warm, case.start
-        if warm is None or self._poisoned or self._pending or not warm.serves(case.shape, case.profile):
+        if warm is None or self._poisoned or self._pending or self._smi or not warm.serves(case.shape, case.profile):
             warm = self._other_vm(case)
         self._poisoned = True  # until the start state is in whole
         self._case, self._current, self._reads = case, warm.vcpu, 0
@@ -195,10 +197,10 @@ class KvmMachine:
     def _other_vm(self, case: Case) -> Warm:
         """A VM of the pool, and the last one back to it if it is still good."""
         last = self._warm
-        if last is not None and (self._poisoned or self._pending or may_be_nested(last.seen)):
+        if last is not None and (self._poisoned or self._pending or self._smi or may_be_nested(last.seen)):
             self._pool.drop(last)
         self._warm = self._current = None
-        self._pending = False
+        self._pending = self._smi = False
         warm = self._warm = self._pool.get(case.shape, case.profile)
         return warm
 
@@ -270,6 +272,8 @@ class KvmMachine:
                 else:
                     self._pending = False
                     yield Observation(Halt(), self._observe(vcpu))
+            case Window():
+                yield from self._window(action)
             case SetState():
                 self._set_registers(action)
             case Try():
@@ -313,7 +317,7 @@ class KvmMachine:
                     following = vcpu.complete(self.limit)
                     self._pending = following is not None
                 yield Observation(exit_, {} if following is not None else self._observe(vcpu))
-                if exit_.terminal or done >= action.limit:
+                if exit_.terminal or done >= action.limit or isinstance(exit_, IrqWindow):
                     return
         except RunTimeoutError:
             self._poisoned = True
@@ -454,10 +458,21 @@ class KvmMachine:
             # A step over HLT leaves the vCPU halted, which no section shows.
             vcpu.control(k.KVM_SET_MP_STATE, k.kvm_mp_state(mp_state=k.KVM_MP_STATE_RUNNABLE))
 
+    def _window(self, action: Window) -> Iterator[Observation]:
+        run = self.vcpu.run_page
+        run.request_interrupt_window = 1
+        try:
+            yield from self._run(Run(action.limit))
+        finally:
+            run.request_interrupt_window = 0
+
     def _inject(self, action: Inject) -> None:
         vcpu = self.vcpu
         if action.event == "nmi":
             vcpu.control(k.KVM_NMI)
+        elif action.event == "smi":
+            vcpu.control(k.KVM_SMI)
+            self._smi = True
         elif action.event == "interrupt":
             vcpu.control(k.KVM_INTERRUPT, k.kvm_interrupt(irq=action.vector))
         else:

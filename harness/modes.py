@@ -38,6 +38,8 @@ STACK_BASE: Final = 0x18000
 STACK_TOP: Final = 0x1A000
 STACK_END: Final = 0x1C000
 ABSENT_PAGE: Final = 0x1C000
+HIGH: Final = 0xFFFF800000000000
+"""Where 64-bit modes with 4-level paging have all of memory a second time."""
 READONLY_PAGE: Final = 0x1D000
 KERNEL_STACK_TOP: Final = 0x1F000
 RAM_SIZE: Final = 0x20000
@@ -175,12 +177,12 @@ _LDT_CODE: Final = Segment(base=0, limit=0xFFFF, type=_CODE)
 
 
 def _data(mode: str, name: str, dpl: int) -> Segment:
-    """A data segment: based and limited, or flat in 64-bit mode (where FS and GS keep a base)."""
-    base = SEGMENT_BASES[name]
+    """A data segment: based and limited, or flat in 64-bit mode (where FS and GS keep a base); AVL in some."""
+    base, avl = SEGMENT_BASES[name], int(name in ("es", "gs"))
     if mode in _BITS64:
-        return replace(_flat(_DATA, dpl), base=base if name in ("fs", "gs") else 0)
+        return replace(_flat(_DATA, dpl), base=base if name in ("fs", "gs") else 0, avl=avl)
     end = STACK_END if name == "ss" else STACK_BASE
-    return Segment(base=base, limit=end - base - 1, type=_DATA, dpl=dpl, db=int(bits_of(mode) == 32))
+    return Segment(base=base, limit=end - base - 1, type=_DATA, dpl=dpl, db=int(bits_of(mode) == 32), avl=avl)
 
 
 def _code(mode: str, dpl: int) -> Segment:
@@ -335,8 +337,8 @@ def _page_tables(mode: str) -> list[Blob]:
             Blob(at + 0x1000, _table({0: at + 0x2000 | _TABLE, 1: large}, 8)),
             Blob(at + 0x2000, _table(pages, 8)),
         ]
-    blobs = [
-        Blob(at, _table({0: at + 0x1000 | _TABLE}, 8)),
+    blobs = [  # the same at linear 0 and at HIGH
+        Blob(at, _table({0: at + 0x1000 | _TABLE, 256: at + 0x1000 | _TABLE}, 8)),
         Blob(at + 0x1000, _table({0: at + 0x2000 | _TABLE}, 8)),
         Blob(at + 0x2000, _table({0: at + 0x3000 | _TABLE, 1: large}, 8)),
         Blob(at + 0x3000, _table(pages, 8)),

@@ -37,6 +37,7 @@ API_VERSION: Final = 12
 RUN_LIMIT: Final = 5.0
 """Seconds that one KVM_RUN may take. The longest guest of the suite takes milliseconds, minutes are a hang."""
 
+_SMM_SPACE: Final = 1 << 16  # address space 1, of a slot (api.rst 4.35, KVM_CAP_MULTI_ADDRESS_SPACE)
 _KICK: Final = signal.SIGRTMIN + 3
 _RUN: Final = k.KVM_RUN
 _NEVER: Final = math.inf
@@ -235,6 +236,9 @@ class Vm(_Owner):
                 slot=number, guest_phys_addr=slot.gpa, memory_size=slot.size, userspace_addr=self.address[slot]
             )
             ioctl(self.fd, k.KVM_SET_USER_MEMORY_REGION, region)
+            if self.shape.smm:
+                region.slot |= _SMM_SPACE
+                ioctl(self.fd, k.KVM_SET_USER_MEMORY_REGION, region)
 
     def enable_capability(self, number: int, *args: int) -> None:
         """KVM_ENABLE_CAP on the VM."""

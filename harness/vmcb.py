@@ -40,13 +40,37 @@ MSRS: Final[Mapping[int, int]] = {
 """MSRs that VMLOAD and VMSAVE move: index -> offset from SAVE (STAR ... KernelGsBase, SYSENTER_*)."""
 RFLAGS: Final = SAVE + 0x170
 """Offset of RFLAGS in the block."""
+REGISTERS: Final[Mapping[str, int]] = {name: SAVE + at for name, (at, _) in _PLAIN.items()}
+"""Registers of one number -> offset in the block; each has 8 bytes."""
 SWITCHED: Final = ("es", "cs", "ss", "ds")
 """Segment registers that VMRUN and #VMEXIT switch; the others go by VMLOAD and VMSAVE (APM vol. 2 15.5.1, 15.5.2)."""
 LOADED: Final = ("fs", "gs", "ldtr", "tr")
 
 INTERCEPT_CPUID, INTERCEPT_HLT = 1 << 18, 1 << 24  # of intercepts1
 INTERCEPT_VMRUN, INTERCEPT_VMMCALL = 1, 2  # of intercepts2
-EXIT_EXCEPTION, EXIT_CPUID, EXIT_HLT, EXIT_VMRUN, EXIT_VMMCALL = 0x40, 0x72, 0x78, 0x80, 0x81
+
+# Exit codes (appendix C). The first three groups are followed by a number; bit n of intercepts1 is code EXIT_FIRST + n,
+# and intercepts2 goes on from there.
+EXIT_CR, EXIT_DR, EXIT_EXCEPTION, EXIT_FIRST, EXIT_IOIO, EXIT_MSR = 0x00, 0x20, 0x40, 0x60, 0x7B, 0x7C
+EXIT_WRITE: Final = 0x10
+"""From the code of a read of a control or debug register to that of the write."""
+EXIT_INVALID: Final = 0xFFFFFFFFFFFFFFFF
+EXITS: Final[Mapping[str, int]] = {
+    "sidt": 0x66, "sgdt": 0x67, "sldt": 0x68, "str": 0x69, "lidt": 0x6A, "lgdt": 0x6B, "lldt": 0x6C, "ltr": 0x6D,
+    "rdtsc": 0x6E, "rdpmc": 0x6F, "pushf": 0x70, "popf": 0x71, "cpuid": 0x72, "rsm": 0x73, "iret": 0x74, "invd": 0x76,
+    "pause": 0x77, "hlt": 0x78, "invlpg": 0x79, "invlpga": 0x7A, "ioio": EXIT_IOIO, "msr": EXIT_MSR, "vmrun": 0x80,
+    "vmmcall": 0x81, "vmload": 0x82, "vmsave": 0x83, "stgi": 0x84, "clgi": 0x85, "rdtscp": 0x87, "wbinvd": 0x89,
+    "xsetbv": 0x8D,
+}  # fmt: skip
+"""Instructions by name -> their exit codes."""
+MSR_RANGES: Final = ((0, 0), (0xC0000000, 0x800), (0xC0010000, 0x1000))
+"""First MSR, and where its bits begin in the permission map: two an MSR, for reads and writes (15.11)."""
+
+
+def intercepts(*names: str) -> dict[str, int]:
+    """The fields ``intercepts1`` and ``intercepts2`` for instructions by name."""
+    bits = sum(1 << (EXITS[name] - EXIT_FIRST) for name in names)
+    return {"intercepts1": bits & 0xFFFFFFFF, "intercepts2": bits >> 32}
 
 
 def read(block: bytes, name: str) -> int:

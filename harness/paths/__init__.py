@@ -14,8 +14,17 @@ from harness.modes import MODES
 from harness.paths.apx import apx_exit_cases, apx_off_cases
 from harness.paths.apx_nested import apx_nested_cases
 from harness.paths.common import Family, cases
+from harness.paths.high import high_cases
+from harness.paths.hypercall import hypercall_cases
+from harness.paths.mmio_stack import mmio_stack_cases
+from harness.paths.nested import nested_cases
 from harness.paths.resume import resume_cases
+from harness.paths.smm import smm_cases
 from harness.paths.step import step_cases
+from harness.paths.upper import upper_cases
+from harness.paths.vector import vector_cases
+from harness.paths.window import window_cases
+from harness.paths.wrap import wrap_cases
 
 __all__ = ["FAMILIES", "Family", "all_cases", "cases"]
 
@@ -37,6 +46,7 @@ FAMILIES: Final = (
     Family("flags", MODES, seeds=2, iopl=True),
     Family("fault", MODES, msrs=True),
     Family("walk", ("real",)),
+    Family("pdpte", ("pae",)),
     Family("apx", ("real", "prot32", "compat", "long", "long-user"), features=frozenset({"apx"})),
     Family("apx_evex", ("real", "prot32", "long", "long-user"), features=frozenset({"apx"})),
     Family("apx_xsave", ("long", "long-user"), features=frozenset({"apx"})),
@@ -44,7 +54,9 @@ FAMILIES: Final = (
 
 # Families whose guests are those of others, or whose actions are not one run to the end.
 _MORE: Final[Mapping[str, Callable[[CpuProfile], Iterator[Case]]]] = {
-    "resume": resume_cases, "step": step_cases, "apx_exits": apx_exit_cases, "apx_off": apx_off_cases,
+    "resume": resume_cases, "step": step_cases, "hypercall": hypercall_cases, "upper": upper_cases,
+    "nested": nested_cases, "mmio_stack": mmio_stack_cases, "vector": vector_cases, "window": window_cases,
+    "wrap": wrap_cases, "smm": smm_cases, "high": high_cases, "apx_exits": apx_exit_cases, "apx_off": apx_off_cases,
     "apx_nested": apx_nested_cases,
 }  # fmt: skip
 
@@ -59,7 +71,10 @@ def forced_cases(profile: CpuProfile) -> list[Case]:
 
     They need ``kvm.force_emulation_prefix=1`` ("fep" in ``requires``).
     """
-    return [c for f in FAMILIES if f.name in _FORCED for c in cases(f, profile, forced=True)]
+    found = [c for f in FAMILIES if f.name in _FORCED for c in cases(f, profile, forced=True)]
+    for more in (wrap_cases, window_cases, high_cases):
+        found.extend(more(profile, forced=True))
+    return found
 
 
 def all_cases(profile: CpuProfile, *, families: Iterable[str] | None = None, seeds: int | None = None) -> list[Case]:

@@ -62,7 +62,7 @@ _MODE_FEATURES: Final = {
 }  # fmt: skip
 _ENTRY_FEATURES: Final = (
     ("cmpxchg16b", "cx16"), ("cmpxchg8b", "cx8"), ("cmov", "cmov"), ("syscall", "syscall"), ("real_to_long", "lm"),
-    ("xsetbv", "xsave"),
+    ("xsetbv", "xsave"), ("osxsave", "xsave"),
 )  # fmt: skip
 # (mode or any, start of the Case's name) -> the trait of harness/host.py that a host must have.
 _ENTRY_TRAITS: Final = (
@@ -73,7 +73,7 @@ _ENTRY_TRAITS: Final = (
     ("long-user", "control/cr1", "cr1-at-long-cpl3"), ("long-user", "control/cr5", "cr1-at-long-cpl3"),
     ("long-user", "fault/icebp", "icebp-at-long-cpl3"),
     ("compat", "segment/iret", "iret-in-compat"), ("compat-user", "segment/iret", "iret-in-compat"),
-    ("", "msr/cpuid_7", "cpuid-leaf-7"), ("", "msr/cpuid_1", "cpuid-leaf-1"),
+    ("", "msr/cpuid_7", "cpuid-leaf-7"), ("", "msr/cpuid_1", "cpuid-leaf-1"), ("", "control/osxsave", "cpuid-leaf-1"),
     ("", "msr/wrmsr_random_pat", "pat-reserved-types"),
 )  # fmt: skip
 

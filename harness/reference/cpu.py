@@ -41,14 +41,6 @@ class Fault(Exception):
         self.vector, self.error, self.cr2 = vector, error, cr2
 
 
-class VmExit(Fault):
-    """An intercepted event of a guest's guest: exit code, EXITINFO1 and 2 (None: not said what they hold)."""
-
-    def __init__(self, code: int, info1: int | None = None, info2: int | None = None) -> None:
-        super().__init__(-1)
-        self.code, self.info1, self.info2 = code, info1, info2
-
-
 class ModelError(Exception):
     """The Case is outside of what the model knows, or depends on what the architecture leaves undefined."""
 
@@ -274,11 +266,6 @@ class Cpu:
     def linear_rip(self) -> int:
         """RIP as a linear address."""
         return self.rip if self.long64 else (self.seg[CS].base + self.rip) & 0xFFFFFFFF
-
-    def intercept(self, word: str, bit: int, code: int) -> None:
-        """VmExit if a guest's guest runs and its host intercepts this: ``bit`` of ``word`` of the control block."""
-        if self.guest is not None and getattr(self.guest, word) & bit:
-            raise VmExit(code)
 
     # --- the outside -------------------------------------------------------------------------------------------------
 

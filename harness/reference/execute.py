@@ -32,10 +32,12 @@ def compile_code(
 class CodeEntry:
     """A compiled instruction at an address. ``version`` -1: check its bytes every time (it spans two pages)."""
 
-    __slots__ = ("code", "next", "no_trap", "op", "page", "string", "version")
+    __slots__ = ("code", "insn", "next", "no_trap", "op", "page", "string", "version")
 
-    def __init__(self, op: Operation, next_rip: int, code: bytes, no_trap: bool, string: bool) -> None:
-        self.op, self.next, self.code = op, next_rip, code
+    def __init__(
+        self, op: Operation, next_rip: int, code: bytes, no_trap: bool, string: bool, insn: Insn | None = None
+    ) -> None:
+        self.op, self.next, self.code, self.insn = op, next_rip, code, insn
         self.no_trap, self.string = no_trap, string
         self.page = self.version = -1
 
@@ -62,7 +64,10 @@ def _forced_entry(cpu: Cpu) -> CodeEntry | None:
     if not cpu.forced:
         return None
     rip, size = cpu.rip, len(FORCE_EMULATION)
-    if cpu.mem.fetch(rip, 2) != FORCE_EMULATION[:2] or cpu.mem.fetch(rip, size) != FORCE_EMULATION:
+    try:
+        if cpu.mem.fetch(rip, 2) != FORCE_EMULATION[:2] or cpu.mem.fetch(rip, size) != FORCE_EMULATION:
+            return None
+    except Fault:  # past the end of what can be fetched: a shorter instruction may be there all the same
         return None
     return CodeEntry(_forced, rip + size & MASK[64 if cpu.long64 else 32], FORCE_EMULATION, True, False)
 
@@ -82,7 +87,7 @@ def lookup(cpu: Cpu) -> CodeEntry:
         parts = mem.fetch_parts(rip, len(entry.code))
     elif entry is None:
         insn, op, no_trap, string = _fetch(cpu)
-        entry = CodeEntry(op, rip + insn.length & MASK[64 if cpu.long64 else 32], insn.code, no_trap, string)
+        entry = CodeEntry(op, rip + insn.length & MASK[64 if cpu.long64 else 32], insn.code, no_trap, string, insn)
         cpu.code[rip] = entry
         parts = mem.fetch_parts(rip, insn.length)
     if len(parts) == 1:
@@ -100,8 +105,7 @@ def take(cpu: Cpu, fault: Fault) -> None:
     """Deliver a fault of the instruction at ``cpu.start_rip``. events.TripleFault when that ends in shutdown."""
     cpu.rip = cpu.start_rip
     cpu.repeat = False
-    if (left := svm.exception(cpu, fault)) is not None:
-        svm.leave(cpu, left)
+    if svm.exception(cpu, fault.vector, fault.error, fault.cr2):
         return
     if fault.cr2 is not None:
         cpu.cr2 = fault.cr2
@@ -137,6 +141,8 @@ def step(cpu: Cpu) -> bool:
         if entry.op is _forced:
             cpu.rip = entry.next
             return False
+        if cpu.guest is not None and entry.insn is not None and svm.intercepted(cpu, entry.insn):
+            return False
         cpu.shadow = 0
         cpu.rflags = flags & ~RF
         cpu.rip = entry.next
@@ -156,7 +162,7 @@ def step(cpu: Cpu) -> bool:
         cpu.retired += 1
     if flags & TF and not entry.no_trap:
         cpu.trap_bits |= DR6_BS
-    if cpu.trap_bits and cpu.shadow != SHADOW_MOV_SS:
+    if cpu.trap_bits and cpu.shadow != SHADOW_MOV_SS and not svm.exception(cpu, DB, None, None):
         events.deliver(cpu, DB)
     return entry.string
 
@@ -179,6 +185,7 @@ def run(cpu: Cpu, budget: int) -> bool:
             or cpu.dr7 & 0xFF
             or version(entry.page) != entry.version
             or cpu.nmi_pending
+            or cpu.guest is not None
         ):
             string = step(cpu)
         else:

@@ -21,12 +21,14 @@ from harness.case import (
     Step,
     Switch,
     Try,
+    Window,
 )
-from harness.exits import Answer, Debug, Exit, Halt, Interrupted, Shutdown
-from harness.reference import events, execute
+from harness.exits import Answer, Debug, Exit, Halt, Interrupted, Io, IrqWindow, Mmio, Shutdown
+from harness.reference import events, execute, smm
 from harness.reference.control import xcr0_valid
-from harness.reference.cpu import RF, Cpu, ModelError
-from harness.state import pack_sections
+from harness.reference.cpu import IF, RF, Cpu, ModelError
+from harness.reference.cpu import RDI as _RDI
+from harness.state import GPR_NAMES, MASK64, pack_sections
 
 BUDGET: Final = 1_000_000
 DR6_STEP: Final = 0xFFFF4FF0
@@ -60,6 +62,7 @@ class ReferenceMachine:
         self._number = 0
         self._shown: deque[Observation] = deque()
         self._incomplete: Observation | None = None
+        self._before: list[int] = []
         self._events: list[Inject] = []
         self._dead = False
 
@@ -86,8 +89,12 @@ class ReferenceMachine:
                 return self._run(limit)
             case Run():
                 return self._run_pending()
+            case Window(limit=limit):
+                return self._window(limit)
             case Complete():
                 return self._complete()
+            case SetState() if self._incomplete is not None:
+                self._set_pending(self._incomplete, action.meant)
             case SetState():
                 self._set(action.meant)
             case Try():
@@ -164,10 +171,32 @@ class ReferenceMachine:
                 break
         return out
 
+    def _window(self, limit: int) -> list[Observation]:
+        """To the first instruction boundary at which an interrupt can come in (SDM vol. 3A 6.8.1, 6.8.3)."""
+        cpu = self._cpu()
+        out: list[Observation] = []
+        while len(out) < limit:
+            if cpu.rflags & IF and not cpu.shadow:
+                return [*out, self._observe(IrqWindow(), {})]
+            cpu.pending_exits.clear()
+            try:
+                self._deliver()
+                string = execute.step(cpu)
+            except events.TripleFault:
+                self._shutdown()
+            else:
+                if cpu.pending_exits:
+                    self._queue(string)
+            out.extend(self._shown)
+            self._shown.clear()
+            if out and out[-1].exit.terminal:
+                break
+        return out
+
     def _run_pending(self) -> list[Observation]:
         """One exit, with its operation still pending: no state is defined yet."""
         if not self._shown:
-            self._advance()
+            self._advance_slowly()
         seen = self._shown.popleft()
         if seen.exit.terminal:
             return [seen]
@@ -184,6 +213,46 @@ class ReferenceMachine:
             return [Observation(seen.exit, {}, retired=seen.retired)]
         mem = self._cpu().mem  # as RAM is now: another vCPU may have run
         return [replace(seen, exit=Halt(), pages=mem.pages(), pages_ignore=mem.pages_ignore)]
+
+    def _set_pending(self, seen: Observation, values: Mapping[str, int]) -> None:
+        """Registers set while an operation is pending: what is left of the instruction goes on from them.
+
+        A register that the instruction does not write keeps the value; INS moves rDI on from it; after a write nothing
+        is left to do, and the guest goes on at the RIP that was set. ModelError where the instruction writes the
+        register otherwise.
+        """
+        cpu = self._cpu()
+        if self._shown or not seen.sections:
+            raise ModelError("SetState in the middle of an instruction with several exits is not modelled")
+        for name, value in values.items():
+            if name == "rip" and isinstance(seen.exit, (Io, Mmio)) and seen.exit.write:
+                cpu.rip = value
+                continue
+            n = GPR_NAMES.index(name) if name in GPR_NAMES else -1
+            if n < 0:
+                raise ModelError(f"SetState of {name} while an operation is pending is not modelled")
+            moved = cpu.gpr[n] - self._before[n]
+            if moved and (n != _RDI or not isinstance(seen.exit, Io)):
+                raise ModelError(f"the pending instruction writes {name}: which value it has then is not said")
+            cpu.gpr[n] = value + moved & MASK64
+        self._incomplete = replace(seen, sections=pack_sections(cpu.state(), self.sections))
+
+    def _advance_slowly(self) -> None:
+        """As :meth:`_advance`, instruction by instruction: what was before the last one is kept."""
+        cpu = self._cpu()
+        cpu.pending_exits.clear()
+        for _ in range(self.budget):
+            self._before = list(cpu.gpr)
+            try:
+                self._deliver()
+                string = execute.step(cpu)
+            except events.TripleFault:
+                self._shutdown()
+                return
+            if cpu.pending_exits:
+                self._queue(string)
+                return
+        raise ModelError(f"the guest did not exit in {self.budget} instructions; RIP is {cpu.rip:#x}")
 
     def _advance(self) -> None:
         """Run to the next instruction with exits and queue what it shows."""
@@ -228,10 +297,12 @@ class ReferenceMachine:
         for event in queue:
             if event.event == "nmi":
                 cpu.nmi_pending = 1
+            elif event.event == "smi":
+                smm.enter(cpu)
             elif event.event in ("exception", "interrupt"):
                 events.deliver(cpu, event.vector, event.error)
             else:
-                raise ModelError(f"cannot inject {event.event!r}: use exception, interrupt or nmi")
+                raise ModelError(f"cannot inject {event.event!r}: use exception, interrupt, nmi or smi")
 
     def _step(self, count: int) -> list[Observation]:
         cpu = self._cpu()
@@ -273,11 +344,17 @@ class ReferenceMachine:
             exit=exit,
             sections=pack_sections(cpu.state(), self.sections),
             pages=cpu.mem.pages(),
-            ignore={"rflags": cpu.undefined} if cpu.undefined else {},
+            ignore=self._undefined(cpu),
             accept=accept,
             pages_ignore=cpu.mem.pages_ignore,
             retired=cpu.retired,
         )
+
+
+    def _undefined(self, cpu: Cpu) -> dict[str, int]:
+        """Undefined bits by register. IDTR in system management mode: KVM clears it, the manual leaves it alone."""
+        out = {"rflags": cpu.undefined} if cpu.undefined else {}
+        return {**out, "idtr.base": MASK64, "idtr.limit": MASK64} if cpu.smm else out
 
 
 def _without_rf(seen: Observation) -> Observation:

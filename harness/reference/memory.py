@@ -78,6 +78,10 @@ class Memory:
                 return self.cpu.case.memory.image(slot)[start : start + PAGE]
         return None
 
+    def is_ram(self, physical: int) -> bool:
+        """Whether a slot backs this address."""
+        return self._page(physical >> 12) is not None
+
     def _page(self, number: int) -> bytearray | None:
         try:
             return self._ram[number]

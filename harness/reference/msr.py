@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from harness import vmcb
 from harness.cpuid import CpuidEntry
 from harness.exits import Msr
 from harness.reference.control import CR4, EFER_LMA, EFER_LME
@@ -94,7 +93,6 @@ def cpuid(insn: Insn) -> Operation:
     """CPUID."""
 
     def op(cpu: Cpu) -> None:
-        cpu.intercept("intercepts1", vmcb.INTERCEPT_CPUID, vmcb.EXIT_CPUID)
         g = cpu.gpr
         g[0], g[3], g[1], g[2] = cpuid_leaf(cpu, g[0] & MASK[32], g[1] & MASK[32])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from harness import vmcb
 from harness.exits import Halt, Io
 from harness.reference.cpu import GP, IF, IOPL, MASK, RAX, RDX, SHADOW_STI, VIF, VIP, Cpu, Fault
 from harness.reference.insn import Insn, Operation, Row
@@ -97,7 +96,6 @@ def hlt(insn: Insn) -> Operation:
 
     def op(cpu: Cpu) -> None:
         privileged(cpu)
-        cpu.intercept("intercepts1", vmcb.INTERCEPT_HLT, vmcb.EXIT_HLT)
         cpu.device_write(Halt())
 
     return op

@@ -257,7 +257,10 @@ static void hex(char *to, const uint8_t *data, size_t size)
 		sprintf(to + 2 * i, "%02x", data[i]);
 }
 
-/* Put the exit into words, answer its read; 1: an operation is pending, 2: the run ends here, 3: a step is done. */
+/*
+ * Put the exit into words, answer its read; 1: an operation is pending, 2: the run ends here, 3: a step is done, 4: an
+ * interrupt can be injected.
+ */
 static int describe(char *to, size_t room)
 {
 	char bytes[2 * 4096 + 1] = "";
@@ -313,7 +316,7 @@ static int describe(char *to, size_t room)
 		return 1;
 	case KVM_EXIT_IRQ_WINDOW_OPEN:
 		snprintf(to, room, "irq-window");
-		return 0;
+		return 4;
 	case KVM_EXIT_INTERNAL_ERROR:
 		/* emulation failure: flags, then the number of bytes and the bytes of the instruction */
 		data = (uint8_t *)&run->internal.data[1];
@@ -398,9 +401,18 @@ static int run_guest(int limit, int completing)
 		what = describe(words, sizeof(words));
 		further = what == 1 && completing && complete();
 		seen(words);
-		if (what == 2 || (what == 3 && stepping) || ++done >= limit || (what == 1 && !completing))
+		if (what == 2 || what == 4 || (what == 3 && stepping) || ++done >= limit || (what == 1 && !completing))
 			return what == 2;
 	}
+}
+"""
+
+WINDOW: Final = r"""
+static void window(int limit)
+{
+	run->request_interrupt_window = 1;
+	run_guest(limit, 1);
+	run->request_interrupt_window = 0;
 }
 """
 

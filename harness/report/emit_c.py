@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Final
 
-from harness.case import Action, Case, Complete, Inject, Observation, Run, SaveRestore, SetState, Show, Step
+from harness.case import Action, Case, Complete, Inject, Observation, Run, SaveRestore, SetState, Show, Step, Window
 from harness.exits import Timeout, Unknown
 from harness.lockstep import Difference
 from harness.report import c_parts
@@ -62,6 +62,7 @@ def emit_c(case: Case, difference: Difference | None, host: str, again: str | No
     parts += _helpers(start + check + body)
     parts += [start, c_parts.EXITS, c_parts.FINISH, check, c_parts.LOOP]
     kinds = {type(a) for a in actions}
+    parts += [c_parts.WINDOW] if Window in kinds else []
     for kind, text in ((Complete, c_parts.COMPLETE), (Step, c_parts.STEP), (SaveRestore, _save_restore(case))):
         parts += [text] if kind in kinds else []
     parts += [c_parts.INJECT] if "inject_exception(" in body else []
@@ -292,6 +293,8 @@ def _actions(case: Case, actions: tuple[Action, ...]) -> str:
                 out.append(f"run_guest({action.limit}, {int(action.complete)});")
             case Complete():
                 out.append("complete_pending();")
+            case Window():
+                out.append(f"window({action.limit});")
             case Step():
                 out.append(f"step({action.count});")
             case SetState():

@@ -70,7 +70,7 @@ def test_64_bit_mode_has_only_the_bases_of_fs_and_gs_and_wants_canonical_address
     assert faults(cpu.mem.read, DS, 1 << 47, 1) == (GP, 0)
     assert faults(cpu.mem.read, SS, (1 << 47) - 4, 8) == (STACK, 0)
     assert faults(start("long5").mem.read, DS, 1 << 56, 1) == (GP, 0)
-    assert faults(start("long5").mem.read, DS, 1 << 47, 1)[0] == PAGE_FAULT
+    assert faults(start("long5").mem.read, DS, 1 << 48, 1)[0] == PAGE_FAULT
 
 
 def test_real_mode_checks_the_limit_alone_and_wraps_nowhere():

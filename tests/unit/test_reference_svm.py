@@ -54,7 +54,7 @@ def test_rax_and_rsp_are_switched_and_nothing_else_of_the_general_registers():
     assert cpu.gpr[3] == 8
     assert cpu.gpr[4] == top
     assert (saved(cpu, "rax"), saved(cpu, "rsp")) == (0xAAAB, STACK_TOP - 0x808)
-    assert control(cpu, "exit_code") == vmcb.EXIT_VMMCALL
+    assert control(cpu, "exit_code") == vmcb.EXITS["vmmcall"]
     assert saved(cpu, "rip") == INNER + 8, "at VMMCALL, not past it"
 
 
@@ -73,10 +73,10 @@ def test_extended_registers_are_nobodys():
 @pytest.mark.parametrize(
     ("inner", "more", "code"),
     [
-        ("f4", {"intercepts1": vmcb.INTERCEPT_HLT}, vmcb.EXIT_HLT),
-        ("0fa2", {"intercepts1": vmcb.INTERCEPT_CPUID}, vmcb.EXIT_CPUID),
+        ("f4", {"intercepts1": vmcb.INTERCEPT_HLT}, vmcb.EXITS["hlt"]),
+        ("0fa2", {"intercepts1": vmcb.INTERCEPT_CPUID}, vmcb.EXITS["cpuid"]),
         ("0f0b", {"exceptions": 1 << UD}, vmcb.EXIT_EXCEPTION + UD),
-        ("0f01d8", {}, vmcb.EXIT_VMRUN),
+        ("0f01d8", {}, vmcb.EXITS["vmrun"]),
     ],
 )
 def test_what_is_intercepted_leaves_with_rip_at_the_instruction(inner, more, code):
@@ -134,11 +134,13 @@ def test_what_vmrun_refuses(code, svme, vector):
 
 def test_what_the_model_does_not_know_is_said():
     with pytest.raises(ModelError, match="intercepts1"):
-        run(machine("0f01d9", intercepts1=1 << 27))
+        run(machine("0f01d9", intercepts1=1 << 29))
     with pytest.raises(ModelError, match="nested_paging"):
         run(machine("0f01d9", nested_paging=1))
-    with pytest.raises(ModelError, match="VMEXIT_INVALID"):
-        run(machine("0f01d9", asid=0))
+
+
+def test_a_state_that_cannot_be_is_refused():
+    assert control(run(machine("0f01d9", asid=0)), "exit_code") == vmcb.EXIT_INVALID
 
 
 def test_a_block_gives_back_the_state_it_was_made_from():
