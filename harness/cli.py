@@ -131,7 +131,9 @@ def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="command")
-    for register in (_add_probe, _add_run, _add_replay, _add_report, _add_compare, _add_layout, _add_series):
+    for register in (
+        _add_probe, _add_run, _add_replay, _add_report, _add_compare, _add_layout, _add_series, _add_mutants,
+    ):  # fmt: skip
         register(verbs)
     _add_lab(verbs, with_lab)
     return parser
@@ -277,6 +279,32 @@ def _bisect_run(args: argparse.Namespace) -> int:
     from harness.series.bisect import bisect_run
 
     return bisect_run(args)
+
+
+def _add_mutants(verbs: Verbs[argparse.ArgumentParser]) -> None:
+    mutants = add_verb(
+        verbs, "mutants", _mutants,
+        "Seeded kernel bugs, one after the other, in the lab: which ones the suite catches. The proof of its verdicts.",
+        "kvm-harness mutants --only 23,cr2-stale --config svm",
+    )  # fmt: skip
+    mutants.add_argument("--list", action="store_true", help="show the catalogue (ci/qemu/mutants/), and stop there")
+    mutants.add_argument("--only", metavar="A,B", help="names, numbers of bug classes, or files of the catalogue")
+    mutants.add_argument("--config", metavar="A,B", help="only in these configurations of the lab")
+    mutants.add_argument("--tree", type=Path, metavar="DIR", help="a kernel tree (default: Debian's Linux 7.3)")
+    mutants.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder for the results (default: out/mutants); what is there and still true is not run again",
+    )  # fmt: skip
+    mutants.add_argument("--again", action="store_true", help="run all of them again")
+    mutants.add_argument("--peers", action="store_true", help="upstream's own tests on the same kernels, too")
+    mutants.add_argument("--selftests", type=Path, metavar="DIR", help="built KVM selftests (default: the tree's)")
+    mutants.add_argument("--unit-tests", type=Path, metavar="DIR", help="built kvm-unit-tests (default: none)")
+
+
+def _mutants(args: argparse.Namespace) -> int:
+    from harness.lab.mutants_cli import mutants
+
+    return mutants(args)
 
 
 def _add_lab(verbs: Verbs[argparse.ArgumentParser], whole: bool) -> None:

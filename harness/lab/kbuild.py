@@ -154,9 +154,8 @@ def _make_entry(work: Workspace, snapshot: str, edits: Sequence[Edit], folder: P
     work.layout_object(folder / "kvm-layout.o")
     seconds = time.monotonic() - started
     shutil.copyfile(work.log, folder / "build.log")
-    release = (work.build / "include" / "config" / "kernel.release").read_text().strip()
     about = {
-        "release": release,
+        "release": work.release,
         "series": "{}.{}".format(*release_of(work.copy.source)[1]),
         "seconds": seconds,
         "missing": work.missing(),
@@ -248,6 +247,11 @@ class Workspace:
         """Build the whole kernel; the path of what an emulator boots. Raises BuildError, LabError."""
         self.make("bzImage")
         return self.build / "vmlinux"
+
+    @property
+    def release(self) -> str:
+        """What ``uname -r`` will say of the kernel that was built last."""
+        return (self.build / "include" / "config" / "kernel.release").read_text().strip()
 
     def make(self, *targets: str) -> float:
         """Build ``targets`` of the tree's make, such as ``arch/x86/kvm/x86.o``; how long it took, in seconds.

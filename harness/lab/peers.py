@@ -236,6 +236,11 @@ class Peers:
         if not self._tests:
             raise LabInputError(f"no test matches -k {expression!r}")
 
+    def only(self, names: Sequence[Sequence[str]]) -> None:
+        """Keep the tests with these (suite, name), in this order."""
+        by_name = {(test.suite, test.name): test for test in self._tests}
+        self._tests = [by_name[suite, name] for suite, name in names if (suite, name) in by_name]
+
     def __len__(self) -> int:
         return len(self._tests)
 

@@ -24,20 +24,25 @@ _DATA: Final = ("case.py", "state.py", "modes.py", "cpuid.py", "exits.py", "mach
 _MODEL: Final = ("reference/*.py", "paths/*.py", *_DATA)
 
 
-def cell_plan(configuration: Configuration, profile: Profile, tier: str, progress: Progress) -> Plan:
-    """The plan of a cell: every Case of the tier that its KVM can run, with what the model expects.
+def plan_key(configuration: Configuration, profile: Profile, tier: str) -> str:
+    """Changes with all that decides what a plan holds.
 
-    The key holds the guests, the model's sources, the guest CPUID and what the profile says of the KVM's abilities.
+    These are the guests, the model's sources, the guest CPUID and what the profile says of the KVM's abilities.
     """
     if tier not in TIERS:
         raise LabInputError(f"no tier {tier!r}: use {' or '.join(TIERS)}")
-    key = digest(
+    return digest(
         digest_tree(_HARNESS, (p for pattern in _MODEL for p in _HARNESS.glob(pattern))),
         digest_tree(_HARNESS, [_HARNESS / "lab" / "plan.py", _HARNESS / "lab" / "planner.py"]),
         digest_tree(GUESTS_DIR, (p for p in GUESTS_DIR.iterdir() if p.is_file())),
         profile_digest(profile.cpuid), repr(sorted(profile.features)), str(configuration.forced), tier,
         repr([sorted(d.items()) for d in (profile.modes, profile.traits, profile.delivery)]),
     )  # fmt: skip
+
+
+def cell_plan(configuration: Configuration, profile: Profile, tier: str, progress: Progress) -> Plan:
+    """The plan of a cell: every Case of the tier that its KVM can run, with what the model expects."""
+    key = plan_key(configuration, profile, tier)
 
     def make(folder: Path) -> None:
         progress(f"planning: the model runs every Case of tier {tier} for {configuration.name}")

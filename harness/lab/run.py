@@ -75,9 +75,10 @@ class CellOutcome:
 class Options:
     """How cells are run.
 
-    ``only`` are names of Cases, None for all. ``trace``: names of kernel functions; the journal tells which of them
-    were called. ``record``: the journal keeps all that Cases show. ``most_bad``: so many failures are enough, the rest
-    is not run; 0 for no limit. ``header``: goes into the journal's first line.
+    ``only`` are names of Cases, None for all. ``profile`` is what the KVM is expected to be able to do, in the place of
+    the checked-in one. ``trace``: names of kernel functions; the journal tells which of them were called. ``record``:
+    the journal keeps all that Cases show. ``most_bad``: so many failures are enough, the rest is not run; 0 for no
+    limit. ``header``: goes into the journal's first line.
     """
 
     tier: str = "full"
@@ -88,6 +89,7 @@ class Options:
     deadline: float = DEADLINE  # seconds for each cell
     cold: bool = False  # boot every machine
     only: frozenset[str] | None = None
+    profile: Profile | None = None
     trace: tuple[str, ...] = ()
     record: bool = False
     most_bad: int = 0
@@ -101,10 +103,10 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     ours = BARE in cell.emulator.features
     if not ours:
         progress(f"{cell.emulator.name} is not the lab's own: KVM is probed, and mismatches may be QEMU's")
-    profile = load_profile(cell.configuration.name, cell.kernel.series) if ours else None
+    profile = options.profile or (load_profile(cell.configuration.name, cell.kernel.series) if ours else None)
     if profile is None or options.write_profile:
         progress(f"{cell.name}: asking this kernel's KVM what it can do")
-        profile = CellRun(cell, None, None, folder / "probe", lambda *_: None, progress=progress).probe()
+        profile = probe_cell(cell, folder / "probe", progress)
         if options.write_profile:
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: profile written to {path}")
@@ -201,6 +203,11 @@ def demanded(profile: Profile, cell: Cell) -> Profile:
     if not cell.kernel.has.intersection(cell.configuration.edits[:1]):
         return profile
     return replace(profile, outcomes={n: how for n, how in profile.outcomes.items() if n.startswith(EVEX_OPERANDS)})
+
+
+def probe_cell(cell: Cell, folder: Path, progress: Progress) -> Profile:
+    """What the KVM of a cell can do, by asking it in a boot of its own. LostError when nothing comes of it."""
+    return CellRun(cell, None, None, folder, lambda *_: None, progress=progress).probe()
 
 
 def _selection(options: Options) -> Callable[[str], bool]:

@@ -1,0 +1,183 @@
+"""The catalogue of seeded bugs: each names what it breaks, who has to see it, and Cases that exist there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from harness.cpuid import with_features
+from harness.lab import catalogue as module
+from harness.lab.catalogue import CLASSES, catalogue, choose, edits_for
+from harness.lab.configurations import CONFIGURATIONS
+from harness.lab.edits import MUTANTS, EditError
+from harness.lab.errors import LabInputError
+from harness.lab.mutant_peers import PeerTrial, Suites, try_peers
+from harness.lab.mutant_text import peers_table, trials_table
+from harness.lab.mutants import Fate, Trial, _first_bad, exit_status
+from harness.lab.profile import load_profile
+from harness.lab.run import CellOutcome
+from harness.paths import all_cases, forced_cases
+from harness.selection import matcher
+from harness.verdict import Verdict
+
+ALL = catalogue()
+RUN = [m for m in ALL.values() if not m.equivalent]
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Configuration -> the names of the Cases that its cell can run."""
+    out = {}
+    for name, config in CONFIGURATIONS.items():
+        profile = load_profile(name, "7.3")
+        if profile is None:  # none is checked in: what it shares with its neighbour, and APX
+            profile = load_profile("svm", "7.3")
+            cases = all_cases(with_features(profile.cpuid, add=["apx"]))
+            out[name] = {c.name for c in cases}
+        else:
+            cases = (forced_cases if config.forced else all_cases)(profile.cpuid)
+            out[name] = {c.name for c in cases if not profile.unsupported(c)}
+    return out
+
+
+@pytest.mark.parametrize("mutant", RUN, ids=lambda m: m.name)
+def test_each_selects_cases_in_each_of_its_configurations(mutant, plans):
+    selects = matcher(mutant.select)
+    for name in mutant.configurations:
+        assert any(selects(case) for case in plans[name]), f"{name}: no Case matches {mutant.select!r}"
+
+
+def test_at_least_twenty_bugs_over_the_classes_that_svm_and_the_emulator_show():
+    found = [m for m in RUN if not m.source.stem.startswith("apx")]
+    assert len(found) >= 20
+    assert {m.bug_class for m in found} >= {1, 4, 5, 6, 8, 10, 12, 21, 22, 23, 24, 25, 26, 27, 29, 30, 32, 33, 35}
+
+
+def test_every_class_is_explained():
+    text = (MUTANTS / "README.md").read_text()
+    rows = {int(n) for row in re.findall(r"^\| ([\d, ]+) \|", text, re.MULTILINE) for n in row.split(",")}
+    assert rows == set(CLASSES)
+
+
+def test_names_say_nothing_twice():
+    titles = [m.title for m in ALL.values()]
+    assert len(set(titles)) == len(titles)
+
+
+# --- choosing
+
+
+def test_only_takes_names_classes_and_files():
+    assert [m.name for m in choose(["cr2-stale"])] == ["cr2-stale"]
+    assert {m.bug_class for m in choose(["23"])} == {23}
+    assert {m.source.stem for m in choose(["svm"])} == {"svm"}
+    assert len(choose(["23", "cr2-stale"])) == len(choose(["23"])) + 1
+    assert choose() == list(ALL.values())
+
+
+def test_configurations_restrict_what_is_run():
+    chosen = choose(["emul-ah-is-spl", "cr2-stale"], ["svm"])
+    assert {m.name: m.configurations for m in chosen} == {"emul-ah-is-spl": ("svm",), "cr2-stale": ("svm",)}
+    with pytest.raises(LabInputError, match="none of them"):
+        choose(["cr2-stale"], ["svm-emul"])
+
+
+@pytest.mark.parametrize(("only", "config", "says"), [
+    (["nosuch"], [], "no seeded bug 'nosuch'"), ([], ["nosuch"], "no configuration 'nosuch'"),
+])  # fmt: skip
+def test_what_is_not_there_is_named(only, config, says):
+    with pytest.raises(LabInputError, match=says):
+        choose(only, config)
+
+
+def test_a_tree_gets_what_configuration_and_bug_need():
+    apx = list(CONFIGURATIONS["apx"].edits)
+    assert apx
+    assert [e.name for e in edits_for(ALL["apx-get-xsave-zeroes"], "apx")] == [*apx, "apx-get-xsave-zeroes"]
+    assert [e.name for e in edits_for(None, "apx")] == apx
+    assert edits_for(None, "svm") == ()
+
+
+ENTRY = """
+[[edit]]
+name = "a"
+title = "A"
+kernels = "7.2.."
+{}
+[[edit.change]]
+file = "a.c"
+find = "x"
+replace = "y"
+"""
+
+
+@pytest.mark.parametrize(("lines", "says"), [
+    ("", "class must be"),
+    ("class = 99", "class must be"),
+    ("class = 1", "configurations must name"),
+    ('class = 1\nconfigurations = ["vmx"]', "no configuration 'vmx'"),
+    ('class = 1\nconfigurations = ["svm"]', "select must say"),
+    ('class = 1\nconfigurations = ["svm"]\nselect = "gpr and"', "select: -k"),
+    ('class = 1\nconfigurations = ["svm"]\nselect = "gpr"\nneeds = ["nosuch"]', "needs 'nosuch'"),
+])  # fmt: skip
+def test_an_entry_that_proves_nothing_is_refused(lines, says, tmp_path, monkeypatch):
+    (tmp_path / "some.toml").write_text(ENTRY.format(lines))
+    monkeypatch.setattr(module, "MUTANTS", tmp_path)
+    with pytest.raises(EditError, match=says):
+        catalogue()
+
+
+# --- fates
+
+
+@pytest.mark.parametrize(("fates", "status"), [
+    ([Fate.CAUGHT, Fate.EQUIVALENT], 0),
+    ([Fate.CAUGHT, Fate.SURVIVED, Fate.LOST], 1),
+    ([Fate.CAUGHT, Fate.LOST, Fate.UNFIT], 4),
+    ([Fate.CAUGHT, Fate.UNFIT], 2),
+    ([Fate.CAUGHT, Fate.OTHER_KERNELS], 0),
+    ([Fate.OTHER_KERNELS], 2),
+    ([], 2),
+])  # fmt: skip
+def test_exit_status(fates, status):
+    assert exit_status(fates) == status
+
+
+class _Control:
+    bad = {"gpr/known@long#0": "rax"}  # noqa: RUF012
+
+
+def test_what_the_unmodified_kernel_shows_catches_nothing(tmp_path):
+    def record(case, verdict):
+        return {"case": case, "verdict": verdict.value, "checks": 1}
+
+    bad = [record("gpr/known@long#0", Verdict.MISMATCH), record("gpr/new@long#0", Verdict.SPLAT)]
+    quiet = [record("a", Verdict.AGREE), record("b", Verdict.KNOWN), record("c", Verdict.UNSUPPORTED)]
+    assert _first_bad(CellOutcome("svm", tmp_path, [*quiet, *bad]), _Control) == bad[1]
+    assert _first_bad(CellOutcome("svm", tmp_path, [*quiet, bad[0]]), _Control) is None
+
+
+def test_a_trial_survives_json_and_the_table_names_its_register():
+    trial = Trial("cr2-stale", 27, Fate.CAUGHT, "svm", "fault/x@long#0", "mismatch", ("cr2", "memory"), "s", 20.5, 9, 7)
+    assert Trial.from_json(trial.to_json()) == trial
+    text = "\n".join(trials_table([trial, Trial("b", 1, Fate.SURVIVED)]))
+    assert "cr2, memory" in text
+    assert "1 caught, 1 survived" in text
+
+
+def test_the_table_of_peers_is_honest_in_both_columns():
+    mine = Trial("cr2-stale", 27, Fate.CAUGHT, "svm", "fault/x@long#0", "mismatch", ("cr2",), "s")
+    trials = [mine, Trial("b", 1, Fate.SURVIVED), Trial("c", 2, Fate.CAUGHT, case="gpr/y@long#0", verdict="splat")]
+    peers = {"cr2-stale": PeerTrial("cr2-stale"), "b": PeerTrial("b", "svm", "x86/state_test", "fail")}
+    lines = peers_table(trials, peers)
+    assert lines[1].split() == ["cr2-stale", "27", "fault/x@long#0:", "cr2", "-"]
+    assert lines[2].split()[2:] == ["survived", "x86/state_test:", "fail"]
+    assert lines[-1] == "of 2 seeded bugs this suite sees 1, upstream's tests see 1"
+
+
+def test_a_peer_trial_survives_json():
+    trial = PeerTrial("b", "svm", "x86/state_test", "fail", "assert", 3, 4.5)
+    assert PeerTrial.from_json(trial.to_json()) == trial
+    assert Suites().key != Suites(MUTANTS).key
+    assert try_peers("b", [], Suites(), MUTANTS, print) == PeerTrial("b")
