@@ -20,7 +20,7 @@ from harness.cpuid import FEATURES, CpuidEntry, CpuProfile, with_features
 from harness.exits import Debug, Exit, Halt, InternalError, Io, IrqWindow
 from harness.lockstep import Difference
 from harness.machine import KvmMachine
-from harness.modes import CODE_BASE, MODES, STUBS, setup
+from harness.modes import CODE_BASE, HIGH, MODES, STUBS, setup
 from harness.state import MASK64, CpuState, unpack_sections
 from harness.vm import Kvm
 
@@ -419,7 +419,7 @@ def faulting_code(case: Case, seen: Observation | None, read: Callable[[int, int
     state = unpack_sections(seen.sections)
     size = 8 if state.efer >> 10 & 1 else 4 if case.bits == 32 else 2
     frame = read(_stack_top(state), size)
-    return read(int.from_bytes(frame, "little") + case.start.cs.base, 15)
+    return read(int.from_bytes(frame, "little") + case.start.cs.base & ~HIGH, 15)
 
 
 _PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")

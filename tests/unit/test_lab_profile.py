@@ -13,11 +13,11 @@ from harness.judge import Judge, outcome
 from harness.lab import profile as module
 from harness.lab.configurations import CONFIGURATIONS
 from harness.lab.kernel import Kernel
-from harness.lab.profile import Profile, load_profile, write_profile
+from harness.lab.profile import Profile, load_profile, refused_instruction, write_profile
 from harness.lab.run import demanded
 from harness.lab.session import Cell
 from harness.lockstep import Difference, compare_registers
-from harness.modes import STUBS
+from harness.modes import HIGH, STUBS
 from harness.runner import Finding
 from harness.state import CpuState, pack_sections
 from harness.verdict import Verdict
@@ -142,3 +142,14 @@ def test_a_cpuid_that_contradicts_itself_is_told(cpuid, says):
     found = cell(cpuid).contradictions()
     assert len(found) == bool(says)
     assert says in "".join(found)
+
+
+@pytest.mark.parametrize("high", [0, HIGH])
+def test_the_instruction_that_kvm_would_not_emulate_is_named(high):
+    start = replace(CpuState(), efer=0x500, rip=high | 0xA6B0, cs=replace(CpuState().cs, l=1))
+    refused = replace(start, rip=STUBS + 6 * 16 + 1, gpr=(0, 0, 0, 0, 0x19FD8, *start.gpr[5:]))
+    ram = {0x19FD8: (high | 0xA6BB).to_bytes(8, "little"), 0xA6BB: bytes.fromhex("0f01f8")}
+    case = replace(CASE, start=start, requires=("mode:long",))
+    seen = [Observation(Halt(), pack_sections(s, ("regs", "sregs"))) for s in (start, refused)]
+    found = Difference(0, 0, *seen)
+    assert refused_instruction(case, found, lambda at, size: ram[at][:size]) == "0f 01 /7 in long"
