@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.case import PAGE, Case, Observation
-from harness.exits import Debug, Halt, Mmio, Shutdown, Timeout
+from harness.exits import Debug, Halt, Hypercall, Mmio, Shutdown, Timeout
 from harness.kernels import KernelRange, series_of
 from harness.lockstep import Difference, compare_registers
 from harness.machine import MemoryDiff
@@ -25,7 +25,7 @@ _KEYS: Final = {"name", "cases", "module", "register", "wrong", "why", "reproduc
 _OPTIONAL: Final = {"kernels", "sometimes"}
 _WRONG: Final = (
     "zero-extended-32", "not-written", "half-written", "no-exception", "timeout", "late-step", "lost-step",
-    "whole-rep", "runs-on", "no-shutdown", "past-int",
+    "whole-rep", "runs-on", "no-shutdown", "past-int", "no-hypercall",
 )
 _HLT: Final = 0xF4
 _INT: Final = 0xCD
@@ -50,7 +50,8 @@ class KnownDivergence:
     names any) differ; ``runs-on``, it goes on past the HLT that ends it; ``mmio-items N``, the access to MMIO lies N of
     its sizes away from the right one; ``no-shutdown``, it hangs, ends in an internal error or reaches a handler where
     a triple fault must shut it down; ``past-int``, an exception frame holds the address after an INT n where it must
-    hold that of the INT n; ``saved clear N``, a saved word lacks the bits of N.
+    hold that of the INT n; ``saved clear N``, a saved word lacks the bits of N; ``no-hypercall``, a hypercall that must
+    leave for userspace does not, but returns 0.
 
     ``kernels`` are those that have it, as in ``6.1..6.2`` or ``7.2..``. ``sometimes``: it shows at some runs only, and
     one that agrees says nothing of it.
@@ -86,6 +87,8 @@ class KnownDivergence:
             if want is None or got is None or not isinstance(want.exit, Shutdown):
                 return False
             return not got.exit.comparable or _stub(got) is not None
+        if self.wrong == "no-hypercall":
+            return _no_hypercall(difference)
         if isinstance(self.wrong, str) and self.wrong.startswith("mmio-items "):
             return _mmio_items(difference) == int(self.wrong.split()[1])
         if difference.exits_differ:
@@ -210,6 +213,14 @@ def _page_end(found: MemoryDiff) -> bool:
     """Only the last 8 bytes of a page differ (the widest store has 8)."""
     differing = [found.gpa + i for i, (a, b) in enumerate(zip(found.expected, found.got, strict=True)) if a != b]
     return all(gpa % PAGE >= PAGE - 8 for gpa in differing)
+
+
+def _no_hypercall(difference: Difference) -> bool:
+    """The guest has gone on to its end with RAX = 0 in place of a hypercall exit."""
+    want, got = difference.expected, difference.got
+    if want is None or got is None or not isinstance(want.exit, Hypercall) or not isinstance(got.exit, Halt):
+        return False
+    return unpack_sections(got.sections).gpr[0] == 0 and _stub(got) is None
 
 
 def _mmio_items(difference: Difference) -> int | None:

@@ -228,6 +228,10 @@ class KvmMachine:
             raise RuntimeError("load a Case first")
         return self._current
 
+    def distrust(self) -> None:
+        """The loaded Case did not go as it must: what KVM keeps of it beyond the visible state is not for the next one."""
+        self._poisoned = True
+
     def _loaded(self) -> Warm:
         if self._warm is None:
             raise RuntimeError("load a Case first")

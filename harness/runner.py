@@ -37,6 +37,13 @@ class Finding:
 
 def execute(case: Case, expected: Machine, machine: KvmMachine) -> Finding:
     """Run ``case`` in lockstep with ``expected``. Errors of ``expected`` pass through."""
+    finding = _execute(case, expected, machine)
+    if not finding.clean:
+        machine.distrust()
+    return finding
+
+
+def _execute(case: Case, expected: Machine, machine: KvmMachine) -> Finding:
     began = time.perf_counter()
     try:
         outcome = lockstep(case, expected, machine)

@@ -42,6 +42,7 @@ from harness.exits import (
 from harness.lockstep import lockstep
 from harness.machine import KvmMachine, Recording, record
 from harness.reference.machine import ReferenceMachine
+from harness.runner import execute
 from harness.state import CpuState, pack_sections, unpack_sections
 from harness.vm import API_VERSION, Kvm, KvmUnusableError, RunTimeoutError, Vcpu, Vm
 
@@ -220,6 +221,17 @@ def test_state_of_one_case_does_not_leak_into_the_next(machine, host):
     want = run(machine, real_mode(host, "f4", start=clean))[-1].sections
     run(machine, real_mode(host, "f4", start=dirty))
     assert run(machine, real_mode(host, "f4", start=clean))[-1].sections == want
+
+
+def test_a_case_that_differs_leaves_nothing_of_its_vm_to_the_next(machine, host):
+    right, wrong = real_mode(host, "fec0 f4"), real_mode(host, "fec8 f4")  # inc al, dec al: same VM shape and profile
+    expected = [list(seen) for seen in record(machine, right)]
+    vcpu = machine.vcpu
+    assert execute(right, Recording(expected), machine).clean
+    assert machine.vcpu is vcpu
+    assert not execute(wrong, Recording(expected), machine).clean
+    assert execute(right, Recording(expected), machine).clean
+    assert machine.vcpu is not vcpu
 
 
 def test_sync_regs_and_ioctls_show_the_same(kvm, host):

@@ -7,7 +7,7 @@ import pytest
 
 from harness.case import Blob, Case, Memory, Observation, Step
 from harness.cpuid import CpuProfile
-from harness.exits import Debug, Halt, Io, Timeout
+from harness.exits import Debug, Halt, Hypercall, Io, Timeout
 from harness.judge import Judge
 from harness.kernels import KernelRange
 from harness.known import FILE, KnownDivergence, KnownError, load_known
@@ -287,3 +287,23 @@ def test_undefined_bits_need_not_be_the_same_in_the_saved_image():
     assert row(0x86).explains(*flags_and_frame(0x817, 0x86, (b"\x06", b"\x86"), 0x811))
     assert row(0x86).explains(*flags_and_frame(0x6, 0x86, (b"\x17", b"\x86"), 0, 0x11))
     assert not row(0x86).explains(*flags_and_frame(0x817, 0x86, (b"\x06", b"\x86"), 0x810))
+
+
+# --- hypercalls -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rax", "exit_", "explained"), [(0, Halt(), True), (1, Halt(), False), (0, Io(0x10, 1, True, b"\0"), False)]
+)
+def test_a_forgotten_hypercall_returns_0_and_the_guest_goes_on(rax, exit_, explained):
+    case = case_of("0f01d9f4", "compat")
+    expected = seen(case, Hypercall(12, (0x7000, 3, 0x15)), rax=7)
+    got = seen(case, exit_, rax=rax, rip=CODE_BASE + 4)
+    found = Difference(0, 0, expected, got)
+    assert row("no-hypercall", ()).explains(case, found) is explained
+
+
+def test_another_exit_that_is_missing_is_no_forgotten_hypercall():
+    case = case_of("0f01d9f4", "compat")
+    found = Difference(0, 0, seen(case, Io(0x10, 1, True, b"\0")), seen(case, Halt(), rax=0))
+    assert not row("no-hypercall", ()).explains(case, found)
