@@ -229,7 +229,7 @@ class KvmMachine:
         return self._current
 
     def distrust(self) -> None:
-        """The loaded Case did not go as it must: what KVM keeps of it beyond the visible state is not for the next one."""
+        """The loaded Case went wrong: what KVM keeps of it beyond the visible state is not for the next one."""
         self._poisoned = True
 
     def _loaded(self) -> Warm:
