@@ -27,7 +27,7 @@ MAX_WORKERS: Final = 4 * (os.cpu_count() or 1)
 FORMATS: Final = {"text": "report.txt", "html": "report.html", "junit": "junit.xml", "ktap": "report.ktap"}
 """Views of a journal, with the file that each becomes beside it when several are asked for."""
 _STATUSES: Final = (
-    "exit status: 0 agrees, 1 mismatch or splat, 2 bad input or nothing selected, 3 no usable KVM, 4 lost "
+    "exit status: 0 agrees, 1 mismatch, splat or regressed, 2 bad input or nothing selected, 3 no usable KVM, 4 lost "
     "(infrastructure), 130 interrupted"
 )
 _EXAMPLES: Final = """examples:
@@ -35,7 +35,9 @@ _EXAMPLES: Final = """examples:
   kvm-harness run -k 'mmio and not user'  a part of it
   kvm-harness replay alu/add_rr_b@long#0 --emit-c > x.c
   kvm-harness lab run --debian 6.12       the suite on that kernel, nested in QEMU
-  kvm-harness series v7.3.. --tree ~/linux  a verdict for every patch since v7.3
+  kvm-harness series v7.3.. --tree ~/linux
+                                          a verdict for every patch since v7.3
+  kvm-harness compare out/before out/after  two runs side by side
   kvm-harness COMMAND --help              options and an example of each command"""
 
 
@@ -287,6 +289,11 @@ def _add_mutants(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "Seeded kernel bugs, one after the other, in the lab: which ones the suite catches. The proof of its verdicts.",
         "kvm-harness mutants --only 23,cr2-stale --config svm",
     )  # fmt: skip
+    mutants.epilog = (
+        "example: kvm-harness mutants --only 23,cr2-stale --config svm\n\n"
+        "exit status: 0 all caught or equivalent, 1 one survived, 2 one does not fit the tree, does not compile or has "
+        "no Case, or none was tried, 4 one was lost, 130 interrupted"
+    )
     mutants.add_argument("--list", action="store_true", help="show the catalogue (ci/qemu/mutants/), and stop there")
     mutants.add_argument("--only", metavar="A,B", help="names, numbers of bug classes, or files of the catalogue")
     mutants.add_argument("--config", metavar="A,B", help="only in these configurations of the lab")
@@ -308,7 +315,7 @@ def _mutants(args: argparse.Namespace) -> int:
 
 
 def _add_lab(verbs: Verbs[argparse.ArgumentParser], whole: bool) -> None:
-    text = "The suite on a kernel under test, nested in an emulator: list, build, run, shell."
+    text = "The suite on a kernel under test, nested in an emulator: list, build, run, shell, peers."
     epilog = f"example: kvm-harness lab run --debian 6.12 --tier smoke\n\n{_STATUSES}"
     lab = verbs.add_parser(
         "lab", help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -47,8 +47,9 @@ def add_verbs(verb: Verb) -> None:
     for made in (build, run, shell, peers):
         _add_kernel(made)
         made.add_argument(
-            "--config", default="svm", metavar="A,B", help=f"configurations: {', '.join(CONFIGURATIONS)}; or all"
-        )
+            "--config", default="svm", metavar="A,B",
+            help=f"configurations: {', '.join(CONFIGURATIONS)}; or all (default: svm)",
+        )  # fmt: skip
     which = peers.add_mutually_exclusive_group()
     which.add_argument("--selftests", type=Path, metavar="DIR", help="built tools/testing/selftests/kvm, static")
     which.add_argument(
@@ -69,16 +70,24 @@ def add_verbs(verb: Verb) -> None:
     run.add_argument(
         "--deadline", type=float, default=120.0, metavar="MINUTES", help="what a cell may take at most (default: 120)"
     )
-    run.add_argument("--write-profile", action="store_true", help="check in what this cell's KVM can do, then run")
+    run.add_argument(
+        "--write-profile", action="store_true", help="write what this cell's KVM can do to ci/qemu/profiles/, then run"
+    )
 
 
 def _add_kernel(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--debian", default=None, metavar="SERIES", help="stock kernels: 6.1, 6.12, 7.3, newest (A,B)")
+    which.add_argument(
+        "--debian", default=None, metavar="SERIES",
+        help="stock kernels: 6.1, 6.12, 7.3, newest (the default); several with commas",
+    )  # fmt: skip
     which.add_argument("--kernel", type=Path, metavar="BZIMAGE", help="a kernel of yours")
     which.add_argument("--tree", type=Path, metavar="DIR", help="a kernel tree: built in a private worktree")
     parser.add_argument("--modules", type=Path, metavar="DIR", help="its /lib/modules/RELEASE, with --kernel")
-    parser.add_argument("--variant", default="default", choices=("default", "debug"), help="with --tree")
+    parser.add_argument(
+        "--variant", default="default", choices=("default", "debug"),
+        help="debug: with lockdep, KASAN and the like, several times slower; with --tree",
+    )  # fmt: skip
     parser.add_argument("--qemu", default="ours", choices=("ours", "system"), help="which emulator (default: ours)")
 
 

@@ -26,7 +26,15 @@ _BISECT_EXAMPLE: Final = (
 )
 _BISECT_STATUSES: Final = (
     "exit status, for git bisect run: 0 good, 1 bad (splat, mismatch, regressed), 125 cannot be tested (does not "
-    "build, lost), 128 the command cannot be used as it is, 130 interrupted"
+    "build, too old, lost), 128 the command cannot be used as it is, 130 interrupted"
+)
+_SERIES_EXAMPLES: Final = """examples:
+  kvm-harness series v7.3..my-branch --tree ~/linux --config svm,svm-emul
+  kvm-harness series --mbox series.mbox --base v7.3 --tree ~/linux
+  kvm-harness series HEAD~1..HEAD --quick"""
+_SERIES_STATUSES: Final = (
+    "exit status: 0 all patches good, 1 a patch is bad, does not build, or is not what it says, 2 bad input or BASE "
+    "cannot be used, 4 lost (infrastructure, disk full), 130 interrupted; the same command goes on where it was"
 )
 TIERS: Final = ("auto", "smoke", "full")
 _MACHINES: Final = 2
@@ -58,6 +66,7 @@ def add_series(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR",
         help="folder for results (default: one under out/ for this series); the same command goes on where it was",
     )  # fmt: skip
+    parser.epilog = f"{_SERIES_EXAMPLES}\n\n{_SERIES_STATUSES}"
 
 
 def add_bisect_run(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +88,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--machines", type=int, default=_MACHINES, metavar="N", help=f"emulators of one cell (default: {_MACHINES})"
     )
-    parser.add_argument("--jobs", type=int, default=None, metavar="N", help="compilers side by side (default: all)")
+    parser.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="compilers side by side (default: one a processor)"
+    )
     parser.add_argument("--qemu", default="ours", choices=("ours", "system"), help="which emulator (default: ours)")
 
 
