@@ -189,9 +189,11 @@ test ff_7
 fin
 test hlt
 hlt
+fin
 test cli_hlt
 cli
 hlt
+fin
 .if BITS == 64	# addresses of more than 32 bits, canonical and mapped nowhere
 .macro t_far name, address
 test far_read_\name

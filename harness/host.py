@@ -21,7 +21,7 @@ from harness.exits import Debug, Exit, Halt, InternalError, Io, IrqWindow
 from harness.lockstep import Difference
 from harness.machine import KvmMachine
 from harness.modes import CODE_BASE, HIGH, MODES, STUBS, setup
-from harness.state import MASK64, CpuState, unpack_sections
+from harness.state import stack_top, unpack_sections
 from harness.vm import Kvm
 
 PROBE_LIMIT: Final = 0.3
@@ -231,7 +231,7 @@ class Host:
         except (k.KvmError, LookupError):
             return -1
         assert self._machine is not None
-        return int.from_bytes(self._machine.read(_stack_top(state), 8), "little")
+        return int.from_bytes(self._machine.read(stack_top(state), 8), "little")
 
     def _probe_vector(self, mode: str, code: bytes) -> int | None:
         """The exception that a guest of this instruction ends with."""
@@ -265,7 +265,7 @@ class Host:
                 continue
             assert self._machine is not None
             state = unpack_sections(seen.sections)
-            top = _stack_top(state)
+            top = stack_top(state)
             words = [int.from_bytes(self._machine.read(top + n, 2), "little") for n in (0, _FRAME_CS.get(mode, 4))]
             cs = setup(mode, entry=CODE_BASE, profile=self.profile).state.cs.selector
             out[mode] = ""
@@ -322,13 +322,13 @@ class Host:
         code = b""
         if isinstance(got, InternalError) and got.suberror == k.KVM_INTERNAL_ERROR_EMULATION:
             code = got.code
-        elif delivered_vector(difference.got) == _UD:
+        elif delivered_vector(difference.got) == _UD and delivered_vector(difference.expected) != _UD:
             code = faulting_code(case, difference.got, read)
         if code and self.lacks(mode, code):
             return f"this KVM's emulator lacks {instruction_name(code)} in {mode}"
         vector = delivered_vector(difference.expected)  # the same exception on both sides: its frame is what is odd
         if vector is not None and delivered_vector(difference.got) == vector and (odd := self.delivery.get(mode)):
-            return f"{mode}: {odd}"
+            return f"{mode}: {odd}" if all(d.name.startswith(_FRAME) for d in difference.registers) else ""
         return ""
 
     def to_json(self) -> Mapping[str, Any]:
@@ -408,19 +408,17 @@ def delivered_vector(seen: Observation | None) -> int | None:
     return at >> 4 if 0 <= at < 0x1000 and not at & 15 else None
 
 
-def _stack_top(state: CpuState) -> int:
-    """Linear address of SS:SP; in 64-bit mode the base of SS counts as zero (APM vol. 2 4.5.3)."""
-    return state.gpr[4] & MASK64 if state.cs.l else state.ss.base + (state.gpr[4] & 0xFFFFFFFF)
-
-
 def faulting_code(case: Case, seen: Observation | None, read: Callable[[int, int], bytes]) -> bytes:
     """The bytes at the RIP in the exception frame that the guest ended with."""
     assert seen is not None
     state = unpack_sections(seen.sections)
     size = 8 if state.efer >> 10 & 1 else 4 if case.bits == 32 else 2
-    frame = read(_stack_top(state), size)
+    frame = read(stack_top(state), size)
     return read(int.from_bytes(frame, "little") + case.start.cs.base & ~HIGH, 15)
 
+
+_FRAME: Final = ("rsp", "ss.", "ds.", "es.", "fs.", "gs.")
+"""What an exception's delivery of the wrong form gets wrong: the stack, and the segments that leaving vm86 clears."""
 
 _PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 

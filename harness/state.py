@@ -450,6 +450,11 @@ def unpack_sections(sections: Mapping[str, bytes]) -> CpuState:
     return CpuState(**out)
 
 
+def stack_top(state: CpuState) -> int:
+    """Linear address of SS:SP; in 64-bit mode the base of SS counts as zero (APM vol. 2 4.5.3)."""
+    return state.gpr[4] & MASK64 if state.cs.l else state.ss.base + (state.gpr[4] & 0xFFFFFFFF)
+
+
 def _pack_u64s(values: Iterable[int]) -> bytes:
     values = tuple(values)
     return struct.pack(f"<{len(values)}Q", *values)
