@@ -39,19 +39,25 @@ class KnownError(ValueError):
 class KnownDivergence:
     """One row. ``cases`` are patterns of Case names, ``module`` of the host's vendor module, ``register`` of names.
 
-    ``wrong`` is the exact wrong value: a number; ``zero-extended-32``, the expected value with its upper 32 bits
-    cleared; ``clear N`` or ``set N``, the expected value with the bits of N cleared or set; ``upper-not-written``, an
-    item of the stack still holds its initial bytes above the lower two; ``half-written``, a store that faulted left
-    bytes at the end of its first page; ``no-exception``, the guest goes on where an exception must be; ``timeout``, it
-    does not leave KVM_RUN; ``late-step``, the debug exit of a single step comes after one more instruction, an HLT;
-    ``lost-step``, it does not come, for that HLT ends the guest;
-    ``whole-rep``, that of one iteration of a REP MOVSB after all of them; ``exception N``, the guest ends in the
-    handler of vector N, where it must not or from another instruction, and only registers that the row names and the
-    frame on the stack differ; ``runs-on``, it goes on past the HLT that ends it, to the next one; ``mmio-items N``, the
-    access to MMIO lies N of its sizes away from the right one; ``no-shutdown``, it hangs, ends in an internal error or
-    reaches a handler where a triple fault must shut it down; ``past-int``, an exception frame holds the address after
-    an INT n where it must hold that of the INT n; ``saved clear N``, a saved word lacks the bits of N;
-    ``no-hypercall``, a hypercall that must leave for userspace does not, but returns 0.
+    ``wrong`` is the exact wrong value: a number, or
+
+    - ``zero-extended-32``: the expected value with its upper 32 bits cleared
+    - ``clear N``, ``set N``: the expected value with the bits of N cleared or set
+    - ``saved clear N``: a saved word lacks the bits of N
+    - ``upper-not-written``: an item of the stack still holds its initial bytes above the lower two
+    - ``half-written``: a store that faulted left bytes at the end of its first page
+    - ``no-exception``: the guest goes on where an exception must be
+    - ``exception N``: it ends in the handler of vector N, where it must not or from another instruction; beside
+      registers of the row, the frame on the stack and what was never written may differ
+    - ``past-int``: an exception frame holds the address after an INT n where it must hold that of the INT n
+    - ``runs-on``: the guest goes on past the HLT that ends it, to the next one
+    - ``timeout``: it does not leave KVM_RUN
+    - ``no-shutdown``: it hangs, ends in an internal error or reaches a handler where a triple fault must shut it down
+    - ``no-hypercall``: a hypercall that must leave for userspace does not, but returns 0
+    - ``mmio-items N``: an access to MMIO lies N of its sizes away from the right one
+    - ``late-step``: the debug exit of a single step comes after one more instruction, an HLT
+    - ``lost-step``: it does not come, for that HLT ends the guest
+    - ``whole-rep``: that of one iteration of a REP MOVSB comes after all of them
 
     ``kernels`` are those that have it, as in ``6.1..6.2`` or ``7.2..``. ``sometimes``: it shows at some runs only, and
     one that agrees says nothing of it.
@@ -108,7 +114,7 @@ class KnownDivergence:
             registers = [(d.name, d.got - d.expected) for d in difference.registers]
             return not difference.memory and _stub(difference.expected) is None and registers == [("rip", 1)]
         if self._about_exceptions:
-            return self._exception(difference)
+            return self._exception(case, difference)
         if not difference.registers or not all(_saved_flags(difference, d) for d in difference.memory):
             return False
         return all(self._names(d) and d.got == self._value(d) for d in difference.registers)
@@ -117,12 +123,12 @@ class KnownDivergence:
     def _about_exceptions(self) -> bool:
         return isinstance(self.wrong, str) and self.wrong.startswith(("exception ", "no-exception"))
 
-    def _exception(self, difference: Difference) -> bool:
+    def _exception(self, case: Case, difference: Difference) -> bool:
         """Only registers that the row names differ, and a frame on the stack; the handler is the wrong one."""
         if not all(self._names(d) for d in difference.registers):
             return False
-        if not all(_in_frame(difference, d) for d in difference.memory):
-            return False
+        if not all(_in_frame(difference, d) or d.got == _initial(case, d) for d in difference.memory):
+            return False  # what comes after a wrong exception never wrote
         if self.wrong == "no-exception":
             return _stub(difference.expected) is not None and _stub(difference.got) is None
         return _stub(difference.got) == int(str(self.wrong).split()[1])
@@ -267,12 +273,16 @@ def _in_stubs(rip: int) -> bool:
 
 def _upper_not_written(case: Case, found: MemoryDiff) -> bool:
     """All that differs are the upper bytes of an item of the stack: what lay there before is there."""
+    item = 8 if case.bits == 64 else 4
+    rows = enumerate(zip(found.expected, found.got, _initial(case, found), strict=True), found.gpa)
+    return all(got == want or (got == old and gpa % item >= 2) for gpa, (want, got, old) in rows)
+
+
+def _initial(case: Case, found: MemoryDiff) -> bytes:
+    """What lay there at the start."""
     slot = next(s for s in case.shape.slots if s.gpa <= found.gpa < s.gpa + s.size)
     at = found.gpa - slot.gpa
-    initial = case.memory.image(slot)[at : at + len(found.got)]
-    item = 8 if case.bits == 64 else 4
-    rows = enumerate(zip(found.expected, found.got, initial, strict=True), found.gpa)
-    return all(got == want or (got == old and gpa % item >= 2) for gpa, (want, got, old) in rows)
+    return case.memory.image(slot)[at : at + len(found.got)]
 
 
 def _in_frame(difference: Difference, found: MemoryDiff) -> bool:

@@ -172,6 +172,9 @@ def test_an_exception_from_elsewhere_may_change_the_registers_that_are_named():
     for registers in ([], ["rax"]):
         assert not row("exception 13", registers).explains(case, differing(case, want, got))
     assert not row("exception 6", ["rbx"]).explains(case, differing(case, want, got))
+    unwritten, other = (MemoryDiff(DATA_BASE, b"ab", data) for data in (b"\x77\x77", b"\x77\x78"))
+    assert row("exception 13", ["rbx"]).explains(case, differing(case, want, got, [unwritten]))
+    assert not row("exception 13", ["rbx"]).explains(case, differing(case, want, got, [other]))
 
 
 def test_only_the_upper_bytes_of_an_item_may_be_what_they_were():
