@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
+from harness.cachedir import cache_directory
 from harness.case import Blob, CaseError, Memory, VmShape
 
 GUESTS_DIR: Final = Path(__file__).resolve().parent.parent / "guests"
@@ -97,7 +97,7 @@ def assemble(source: Path, *, bits: int, defines: Mapping[str, int], forced: boo
         key = _key(source, bits, {**symbols, "(forced)": int(forced)}, as_, ld)
     except OSError as error:
         raise GuestError(f"{error.filename or source}: {error.strerror}") from error
-    cached = cache_dir() / "guests" / f"{source.stem}-{bits}-{key}.elf"
+    cached = cache_directory() / "guests" / f"{source.stem}-{bits}-{key}.elf"
     if cached.exists():
         return cached
     try:
@@ -144,11 +144,6 @@ def force_emulation(text: str, name: str) -> str:
 _COMMON_MACROS: Final = frozenset(
     re.findall(r"^\.macro\s+(\w+)", (GUESTS_DIR / "common.inc").read_text(), re.MULTILINE)
 ) - {"raw"}
-
-
-def cache_dir() -> Path:
-    """``$KVM_HARNESS_CACHE``, else ``~/.cache/kvm-harness``."""
-    return Path(os.environ.get("KVM_HARNESS_CACHE") or Path.home() / ".cache" / "kvm-harness")
 
 
 def _tool(name: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from harness.lab.debian import cache_directory
+from harness.cachedir import cache_directory
 from harness.lab.errors import LabError
 
 Progress = Callable[[str], None]

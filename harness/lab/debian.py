@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from harness.cachedir import cache_directory
+
 ARCHITECTURE: Final = "amd64"
 KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 LISTS_LIFETIME: Final = 24 * 3600.0  # seconds after which a suite's package lists are fetched anew
@@ -72,14 +74,6 @@ class _Candidate:
     version: str
     sha256: str  # of the .deb, or of the .dsc
     filename: str  # base name of the .deb or .dsc
-
-
-def cache_directory() -> Path:
-    """Where this harness keeps what it fetched: `KVM_HARNESS_CACHE`, or `kvm-harness` in the user's cache directory."""
-    if override := os.environ.get("KVM_HARNESS_CACHE"):
-        return Path(override).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "kvm-harness"
 
 
 def fetch_package(name_or_glob: str, suite: str, *, version: str = "*") -> Path:

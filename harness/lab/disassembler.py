@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from harness.lab.debian import cache_directory, fetch_package, unpack
+from harness.cachedir import cache_directory
+from harness.lab.debian import fetch_package, unpack
 
 _BINUTILS: Final = (
     "binutils-x86-64-linux-gnu", "libbinutils", "libsframe1", "libctf0", "libctf-nobfd0", "libc6", "zlib1g", "libzstd1",

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from harness.cachedir import cache_directory
 from harness.lab import debian
 from harness.lab.debian import (
     FetchError,
     NetworkError,
     PackageNotFoundError,
     SignatureError,
-    cache_directory,
     fetch_package,
     mirror,
     unpack,
