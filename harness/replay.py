@@ -40,7 +40,7 @@ def find_case(text: str, host: Host) -> Found:
         raise CaseError(f"{path}: is a folder; give one of its .json files")
     if path.suffix == ".json" or path.is_file():
         return Found(load_case(path), text)
-    for kept in sorted(OUT.glob(f"*/{CASES_FOLDER}/{text}*.json")) if len(text) >= _SHORTEST_ID else ():
+    for kept in sorted(OUT.glob(f"**/{CASES_FOLDER}/{text}*.json")) if len(text) >= _SHORTEST_ID else ():
         return Found(load_case(kept), str(kept))
     suite = all_cases(host.profile)
     found = [c for c in suite if c.name == text]
