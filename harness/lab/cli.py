@@ -111,6 +111,10 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
     names = list(CONFIGURATIONS) if args.config == "all" else args.config.split(",")
     chosen = [configuration(name) for name in names]
+    if args.debian and all(config.edits for config in chosen):
+        raise LabInputError(f"{args.config}: its kernel is edited source, not a stock one: give --tree DIR, or nothing")
+    if args.variant != "default" and not args.tree and not any(config.edits for config in chosen):
+        raise LabInputError(f"--variant {args.variant} is for kernels that are built here: give --tree DIR")
     emulator = hardware(chosen, args.qemu)
     image = base_image(_say)
     stock = kernels(args) if any(not config.edits for config in chosen) else []
