@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import select
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any, Final, TextIO
 
 from harness.case import Case
 from harness.lab.plan import PlanReader
+from harness.lab.splat import begins
 from harness.lab.trace import FunctionProfile
 from harness.lab.wire import CHANNEL, PLAN_DISK, finding_json, observation_json
 from harness.machine import KvmMachine, Recording
@@ -29,9 +29,6 @@ from harness.vm import Kvm, KvmUnusableError
 CASE_LIMIT: Final = 5.0
 """Seconds that one KVM_RUN may take here: emulated, the longest guest takes a fraction of one."""
 FLUSH: Final = 0.2
-_ALARM: Final = re.compile(
-    r"cut here|WARNING|BUG|Oops|protection fault|KASAN|UBSAN|KCSAN|KMSAN|deadlock|lock|INFO: |stall|panic|Call Trace"
-)
 _DEBUGFS: Final = Path("/sys/kernel/debug")
 
 
@@ -47,12 +44,12 @@ class KernelLog:
     def news(self) -> str:
         """A splat's lines since the last call, without their prefixes; empty when there is none. One poll when quiet.
 
-        Only how it may begin is known here; what is one, harness/lab/splat.py decides.
+        Only how it may begin matters here; what it is, the outside finds out.
         """
         if not self._poll.poll(0):
             return ""
         try:
-            while not _ALARM.search(first := _text(os.read(self._fd, 8192))):
+            while not begins(first := _text(os.read(self._fd, 8192))):
                 pass
         except BlockingIOError:
             return ""

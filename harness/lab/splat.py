@@ -194,6 +194,11 @@ class SplatScanner:
             self._done.append(here.splat())
 
 
+def begins(message: str) -> bool:
+    """A kernel message, without prefixes, that a splat may begin with."""
+    return _CUT.match(message) is not None or _START.match(message) is not None
+
+
 def find_splats(text: str) -> list[Splat]:
     """Every splat in a kernel log, in its order."""
     scanner = SplatScanner()

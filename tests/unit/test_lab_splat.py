@@ -4,11 +4,14 @@
 thing wrong after the other; the lines of the other tests follow the kernel's printk()s.
 """
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 
-from harness.lab.splat import KINDS, SplatScanner, find_splats
+from harness.lab import agent
+from harness.lab.splat import _STARTS, KINDS, SplatScanner, begins, find_splats
 
 DATA = Path(__file__).parent / "data"
 OOPS = [
@@ -259,6 +262,47 @@ def test_a_report_ends_where_the_log_falls_silent():
     hung = "[    9.000000] INFO: task a:1 blocked for more than 5 seconds.\n[    9.000001]       Tainted: G\n"
     (splat,) = find_splats(hung + "[   14.000000] kvm: hello\n")
     assert "hello" not in splat.text
+
+
+def test_there_is_a_sample_of_every_row():
+    samples = [s for mark in test_every_kind_in_every_form_of_the_log.pytestmark for _, s in mark.args[1]]
+    samples += [
+        "BUG: kernel NULL pointer dereference, address: 0000000000000008", "kernel BUG at arch/x86/kvm/x86.c:99!",
+        "general protection fault, probably for non-canonical address 0xdead000000000122: 0000 [#7]",
+        "divide error: 0000 [#1] PREEMPT SMP NOPTI", "UBSAN: shift-out-of-bounds in arch/x86/kvm/x86.c:99:8",
+        "WARNING: chain_key collision", "WARNING: suspicious RCU usage", "WARNING: bad contention detected!",
+        "watchdog: BUG: soft lockup - CPU#1 stuck for 10s! [runner:77]",
+        "kvm_amd: set kvm_amd.dump_invalid_vmcb=1 to dump internal KVM state.",
+    ]  # fmt: skip
+    for _, pattern in _STARTS:
+        assert any(re.match(pattern, sample) for sample in samples), pattern
+    for sample in samples:
+        assert begins(sample)
+        assert find_splats(sample)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        "unchecked MSR access error: WRMSR to 0x1a0 (tried to write 0x01) at rIP: 0x0 (f+0x1/0x2)",
+        "divide error: 0000 [#1] PREEMPT SMP NOPTI",
+        "kvm_amd: set kvm_amd.dump_invalid_vmcb=1 to dump internal KVM state.",
+        "kvm: vmread failed: field=6820",
+    ],
+)
+def test_the_runner_inside_passes_on_what_begins_a_splat(tmp_path, monkeypatch, sample):
+    """A FIFO has the records of /dev/kmsg, a read each."""
+    end, write = os.pipe()
+    monkeypatch.setattr(agent.os, "open", lambda *_: end)
+    monkeypatch.setattr(agent.os, "lseek", lambda *_: 0)
+    os.set_blocking(end, False)
+    log = agent.KernelLog()
+    os.write(write, b"6,1,1000000,-;kvm: hello\n")
+    assert log.news() == ""
+    os.write(write, f"4,2,2000000,-;{sample}\n".encode())
+    assert find_splats(log.news())
+    os.close(write)
+    os.close(end)
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
