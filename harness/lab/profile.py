@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,16 @@ from harness.state import bit_names
 
 FOLDER: Final = Path(__file__).resolve().parent.parent.parent / "ci" / "qemu" / "profiles"
 FORMAT: Final = 1
+_MASKS: Final = frozenset(
+    f"KVM_CAP_{name}" for name in (
+        "ADJUST_CLOCK", "DISABLE_QUIRKS2", "EXIT_HYPERCALL", "GUEST_MEMFD_FLAGS", "MANUAL_DIRTY_LOG_PROTECT2",
+        "MEMORY_ATTRIBUTES", "SET_GUEST_DEBUG2", "SYNC_REGS", "VM_TYPES", "X2APIC_API", "X86_DISABLE_EXITS", "XEN_HVM",
+    )
+)  # fmt: skip
+"""Capabilities whose value is a set of bits, each something that KVM can do (api.rst)."""
+# What configurations ask KVM for, and what it gives up by itself where it thinks that the hardware has it not.
+_ASKED: Final = ("kvm_amd.npt", "kvm.force_emulation_prefix")
+_GIVEN_UP: Final = ("kvm_amd.nested", "kvm_amd.vgif")
 _UD: Final = 6
 _APX, _APX_SIZE, _MPX = 19, 128, 0x18
 
@@ -66,6 +76,10 @@ class Profile:
     def lost(self, now: Profile) -> list[str]:
         """What this profile has and ``now`` has not, a line each: regressions."""
         out = [f"capability {name}" for name in self.capabilities if name not in now.capabilities]
+        for name in sorted(_MASKS & self.capabilities.keys() & now.capabilities.keys()):
+            if bits := self.capabilities[name] & ~now.capabilities[name]:
+                out.append(f"capability {name}: bits {bits:#x}")
+        out += self._parameters_lost(now)
         out += [f"CPU feature {name} in the guest CPUID" for name in sorted(self.features - now.features)]
         gone = self.cpuid.xcr0_supported & ~now.cpuid.xcr0_supported
         out += [f"state component {name} in XCR0" for name in bit_names("xcr0", gone)]
@@ -77,6 +91,13 @@ class Profile:
             out += [f"{what} {name}: {seen}" for name, seen in worse.items() if seen]
         out += [f"single step in {m}" for m, works in self.single_step.items() if works and not now.single_step.get(m)]
         return out
+
+    def _parameters_lost(self, now: Profile) -> Iterator[str]:
+        """Module parameters that are not as they were asked for, or off and were on."""
+        for name in (*_ASKED, *_GIVEN_UP):
+            mine, its = self.parameters.get(name, ""), now.parameters.get(name, "gone")
+            if mine and (_on(mine) != _on(its) if name in _ASKED else _on(mine) and not _on(its)):
+                yield f"parameter {name}: {its}, not {mine}"
 
     def contradictions(self) -> list[str]:
         """What the CPUID that this KVM offers says twice, and not alike (APX specification 3.1.4.1), a line each."""
@@ -122,6 +143,11 @@ class Profile:
             cell, str(hello["module"]), probe["vendor"], hello["parameters"], probe["capabilities"], probe["modes"],
             probe["exception_delivery"], probe["traits"], probe["single_step"], CpuProfile.from_rows(hello["cpuid"]),
         )  # fmt: skip
+
+
+def _on(value: str) -> str:
+    """A parameter's value, empty for off: a bool is Y or N where a number is 1 or 0."""
+    return {"Y": "1", "N": "", "0": ""}.get(value, value)
 
 
 def refused_instruction(case: Case, difference: Difference, read: Read) -> str:

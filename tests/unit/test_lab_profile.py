@@ -120,6 +120,43 @@ def test_a_kernel_that_offers_the_feature_by_itself_has_no_excuse_but_for_evex()
 # --- what must be there ----------------------------------------------------------------------------------------------
 
 
+def test_a_capability_that_lost_bits_is_told():
+    had = replace(cell(), capabilities={"KVM_CAP_SYNC_REGS": 7, "KVM_CAP_NR_MEMSLOTS": 32764})
+    less = replace(had, capabilities={"KVM_CAP_SYNC_REGS": 5, "KVM_CAP_NR_MEMSLOTS": 509})
+    assert had.lost(less) == ["capability KVM_CAP_SYNC_REGS: bits 0x2"]
+    assert less.lost(had) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now", "lost"),
+    [
+        ("kvm_amd.npt", "Y", "N", True),
+        ("kvm_amd.npt", "N", "Y", True),
+        ("kvm_amd.npt", "Y", "1", False),
+        ("kvm.force_emulation_prefix", "1", "0", True),
+        ("kvm.force_emulation_prefix", "1", None, True),
+        ("kvm_amd.nested", "1", "0", True),
+        ("kvm_amd.nested", "0", "1", False),
+        ("kvm_amd.vgif", "1", None, False),
+        ("kvm_amd.avic", "Y", "N", False),
+    ],
+)
+def test_parameters_that_kvm_does_not_take_are_told(name, was, now, lost):
+    had, has = (replace(cell(), parameters={name: v} if v else {}) for v in (was, now))
+    found = [text for text in had.lost(has) if text.startswith("parameter")]
+    assert found == ([f"parameter {name}: {now or 'gone'}, not {was}"] if lost else [])
+
+
+@pytest.mark.parametrize("path", sorted(module.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_profiles_have_what_their_configurations_ask_for(path):
+    name, _, series = path.stem.partition("@")
+    had = load_profile(name, series)
+    for word in CONFIGURATIONS[name].parameters:
+        parameter, _, value = word.partition("=")
+        asked = replace(had, parameters={**had.parameters, parameter: value})
+        assert asked.lost(had) == had.lost(asked) == []
+
+
 def test_lost_state_components_are_told():
     gone = cell(xcr0(APX, 0x207))
     assert "state component APX in XCR0" in cell().lost(gone)
