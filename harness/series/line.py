@@ -45,7 +45,8 @@ class CellLine:
         """Take the two runs of BASE for the yardstick."""
         self.base = Recording.of_twice(self.records(first), self.records(second))
         self.now = self.base.after({})
-        self.profile = Profile.from_json(first.probed) if first.probed is not None else None
+        probed = first.probed or second.probed
+        self.profile = Profile.from_json(probed) if probed is not None else None
         self.origin = dict.fromkeys(self.base.failures(), 0)
 
     def records(self, result: CellResult) -> dict[str, Record]:
