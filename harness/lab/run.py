@@ -159,6 +159,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         cell, plan, profile, folder, take, known=load_known(release=cell.kernel.release), machines=options.machines,
         most_bad=1 if options.fail_fast else options.most_bad, deadline=options.deadline, arbiter=arbiter,
         trace=options.trace, record=options.record, progress=line.say(progress), tick=lambda: line.update(run),
+        cold=options.cold,
     )  # fmt: skip
     try:
         for name, id_, reason in skipped:
