@@ -151,6 +151,7 @@ class CellRun:
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
         self._retried: set[int] = set()
+        self._seen: set[str] = set()  # Cases with a result
         self.tally = Tally()
         self.probed: Profile | None = None
         self.hello: Mapping[str, Any] = {}
@@ -314,12 +315,13 @@ class CellRun:
         return again
 
     def result(self, result: Result, allowed: int) -> None:
-        """Hand a result on."""
+        """Hand a result on. A Case may have several: what it showed, and that the kernel's log spoke up."""
         with self._lock:
             tally = self.tally
-            if not tally.first_result:
-                tally.first_result = time.monotonic() - tally.began
-            tally.done += 1
+            if result.name not in self._seen:
+                self._seen.add(result.name)
+                tally.done += 1
+                tally.first_result = tally.first_result or time.monotonic() - tally.began
             tally.checks += result.checks
             if result.verdict.status == 1:
                 tally.bad += 1
@@ -364,12 +366,14 @@ class _Machine:
                         boot.send(wire.CHANNEL, b'{"end": true}\n')
                 case "+":
                     index, checks, allowed, seconds = rest.split()
-                    self._finished(int(index))
+                    job = self._finished(int(index))
                     run.agreed(int(index), int(checks), int(allowed), float(seconds))
+                    self._settle(job)
                 case "-":
                     text, _, body = rest.partition(" ")
-                    self._finished(int(text))
+                    job = self._finished(int(text))
                     run.differed(int(text), json.loads(body))
+                    self._settle(job)
                 case "=":
                     text, _, body = rest.partition(" ")
                     run.recorded[int(text)] = json.loads(body)
@@ -437,15 +441,19 @@ class _Machine:
             order = {"job": job.group, "only": list(job.indices), "careful": job.careful, "record": self.run.record}
             boot.send(wire.CHANNEL, json.dumps(order).encode() + b"\n")
 
-    def _finished(self, index: int) -> None:
+    def _finished(self, index: int) -> Job:
         job = self.hand[0]
         if not job.indices or job.indices[0] != index:
             raise LabError(f"{self.run.cell.name}: Case {index} came out of turn; console: {self.folder}")
         job.indices.popleft()
         if not job.indices:
             self.hand.popleft()
-            if job.suspicion:  # gone through one by one, and nothing happened: the first is named for all
-                self.run.splat(job.first, f"{job.suspicion}; not seen again when its Cases ran one by one")
+        return job
+
+    def _settle(self, job: Job) -> None:
+        """Gone through one by one, and what was suspected did not happen: the first Case is named for all."""
+        if job.suspicion and not job.indices:
+            self.run.splat(job.first, f"{job.suspicion}; not seen again when its Cases ran one by one")
 
     def _running(self) -> int | None:
         return self.hand[0].indices[0] if self.hand and self.hand[0].indices else None

@@ -43,6 +43,15 @@ def run(tmp_path, results):
     return made
 
 
+# --- accounts ---
+
+
+def test_a_case_with_a_splat_counts_once(run, results):
+    run.agreed(0, 1, 0, 0.1)
+    run.splat(0, "WARNING at x")
+    assert (run.tally.done, len(results)) == (1, 2)
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
