@@ -128,7 +128,9 @@ class Agent:
                     self._trace = FunctionProfile()
                     self._trace.start(order["trace"])
                 if order.get("probe"):
-                    self.say(f"probed {json.dumps(_probe(kvm))}")
+                    probed = _probe(kvm)
+                    self._tell("-")
+                    self.say(f"probed {json.dumps(probed)}")
                 if "job" in order:
                     self._record = bool(order.get("record"))
                     self._job(machine, order["job"], order.get("only"), order.get("careful", False))
@@ -140,6 +142,7 @@ class Agent:
         cases = self._plan.group(number)
         chosen = range(group.count) if only is None else [i - group.first for i in only]
         say = self.say if careful else self.say_later
+        self._tell("-")  # what was said since the last Case is not the next one's
         for n in chosen:
             case, steps = cases[n]
             finding = execute(case, Recording(steps), machine)
@@ -150,11 +153,15 @@ class Agent:
                 self.say(f"- {index} {json.dumps(finding_json(_with_memory(finding, machine)))}")
             if self._record:
                 self.say(f"= {index} {json.dumps(_recorded(case, machine))}")
-            if news := self._log.news():
-                self.say(f"splat {index} {json.dumps(news)}")
-                with suppress(OSError):  # WARN_ONCE speaks again, so that blame does not depend on the order of Cases
-                    (_DEBUGFS / "clear_warn_once").write_text("1")
+            self._tell(str(index))
         self.say(f"done {number}")
+
+    def _tell(self, index: str) -> None:
+        """Pass on what the kernel log has to say; ``index``: of the Case that has run, or ``-``."""
+        if news := self._log.news():
+            self.say(f"splat {index} {json.dumps(news)}")
+            with suppress(OSError):  # WARN_ONCE speaks again, so that blame does not depend on the order of Cases
+                (_DEBUGFS / "clear_warn_once").write_text("1")
 
 
 def _recorded(case: Case, machine: KvmMachine) -> list[list[dict[str, Any] | None]]:

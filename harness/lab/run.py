@@ -131,6 +131,9 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
 
     def take(result: Result, allowed: int) -> None:
         nonlocal shown
+        if not result.id:  # the kernel as a whole, and no Case
+            take_whole(outcome, journal, line.say(progress), result)
+            return
         record = {**result.to_json(), **({"allowed": allowed} if allowed else {})}
         outcome.records.append(record)
         journal.append(record)
@@ -167,7 +170,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         if chosen:
             run.run(chosen)
         for result in profile_results(profile, run):
-            take_profile(outcome, journal, progress, result)
+            take_whole(outcome, journal, progress, result)
         if run.probed is not None:
             journal.append({"probed": run.probed.to_json()})
         for index, steps in run.recorded.items():
@@ -182,7 +185,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         if not run.tally.total or run.tally.done >= run.tally.total or run.enough:
             journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})
     except NoKvmError as error:
-        take_profile(outcome, journal, progress, regressed("KVM", str(error)))
+        take_whole(outcome, journal, progress, regressed("KVM", str(error)))
         journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})
     except LabError as error:
         outcome.problem = str(error)
@@ -262,8 +265,8 @@ def profile_results(profile: Profile, run: CellRun) -> Iterator[Result]:
         yield Result(f"cpuid/{text.partition(':')[0].replace(' ', '-')}", "", Verdict.MISMATCH, 1, text)
 
 
-def take_profile(outcome: CellOutcome, journal: Journal, progress: Progress, result: Result) -> None:
-    """What a profile came to, as a record like any Case's."""
+def take_whole(outcome: CellOutcome, journal: Journal, progress: Progress, result: Result) -> None:
+    """What was found of the kernel as a whole, as a record like any Case's."""
     record = dict(result.to_json())
     outcome.records.append(record)
     journal.append(record)

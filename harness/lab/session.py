@@ -16,7 +16,7 @@ from harness.case import Case, Observation, Pages
 from harness.judge import Judge, Result
 from harness.known import KnownDivergence
 from harness.lab import wire
-from harness.lab.boot import CONSOLE_LOG, Boot, BootSpec, How
+from harness.lab.boot import CONSOLE_LOG, Boot, BootSpec, Ending, How
 from harness.lab.cache import Progress, quiet
 from harness.lab.configurations import Configuration
 from harness.lab.errors import LabError, LostError, NoKvmError
@@ -26,6 +26,7 @@ from harness.lab.kernel import COMMAND_LINE, Kernel
 from harness.lab.payload import runner_payload
 from harness.lab.plan import Plan
 from harness.lab.profile import Profile
+from harness.lab.said import Said, of_kvm, slug
 from harness.lab.splat import find_splats
 from harness.lab.warm import FEATURE, Warm, drop_warm, find_warm, keep_warm, warm_key
 from harness.lockstep import Difference
@@ -41,8 +42,8 @@ DEADLINE: Final = 7200.0
 BOOTS: Final = 8
 """Machines that one cell may lose before it is given up."""
 _NO_KVM: Final = re.compile(r"^kvm-harness-init: (no KVM.*?)\r?$", re.MULTILINE)  # what the image's init says of it
-# Exit code without a signal: our init came to its end. One that a signal killed may be the kernel's work.
-_INIT_ENDED: Final = re.compile(r"Attempted to kill init! exitcode=0x[0-9a-f]{6}00")
+_ENDS_WITHIN: Final = 5.0  # seconds until an emulator that has closed its channel says how it ended
+_RESET: Final = "the guest kernel reset itself"  # a triple fault, without a word
 _AHEAD: Final = 2  # jobs that a runner has in hand, so that it never waits for the next
 
 
@@ -151,7 +152,7 @@ class CellRun:
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
         self._retried: set[int] = set()
-        self._seen: set[str] = set()  # Cases with a result
+        self._seen: set[str] = set()  # Cases with a result, and splats that belong to none
         self.tally = Tally()
         self.probed: Profile | None = None
         self.hello: Mapping[str, Any] = {}
@@ -298,6 +299,15 @@ class CellRun:
         """Case ``index`` came to a Finding that is not clean."""
         self._judged(index, wire.finding_from_json(dict(body)))
 
+    def kernel(self, where: str, text: str) -> None:
+        """The kernel did ``text``, which is bad, and no Case is to blame. Told once."""
+        name = f"kernel/{where}/{slug(text.partition('; console: ')[0])}"
+        with self._lock:
+            known = name in self._seen
+            self._seen.add(name)
+        if not known:
+            self.result(Result(name, "", Verdict.SPLAT, 0, text), 0)
+
     def splat(self, index: int, title: str) -> None:
         """The kernel's log spoke up while Case ``index`` ran, or its kernel died of it."""
         assert self.plan is not None
@@ -318,7 +328,7 @@ class CellRun:
         """Hand a result on. A Case may have several: what it showed, and that the kernel's log spoke up."""
         with self._lock:
             tally = self.tally
-            if result.name not in self._seen:
+            if result.id and result.name not in self._seen:
                 self._seen.add(result.name)
                 tally.done += 1
                 tally.first_result = tally.first_result or time.monotonic() - tally.began
@@ -337,7 +347,7 @@ class _Machine:
         self.hand: deque[Job] = deque()
         self.begun = False  # the suite has: from here on silence and death are the kernel's
         self.ended = False  # it was told to, for there was nothing left to do, or never anything
-        self.boot_log = 0  # bytes of console from before that
+        self._said = Said(folder / CONSOLE_LOG, warm.console if warm is not None else None)
 
     def talk(self, boot: Boot) -> None:
         """Serve until the machine has powered off."""
@@ -348,8 +358,10 @@ class _Machine:
                 case "hello":
                     hello = json.loads(rest)
                     first = run.plan is None or run.greeted(hello)
+                    clean = self._booted()
                     if first:
                         run.hello = hello
+                    if first and clean:
                         self._keep(boot, rest)
                     if run.trace:
                         boot.send(wire.CHANNEL, json.dumps({"trace": list(run.trace)}).encode() + b"\n")
@@ -359,7 +371,6 @@ class _Machine:
                     for _ in range(1, _AHEAD):
                         self._order(boot)
                     self.begun = bool(self.hand)
-                    self.boot_log = (self.folder / CONSOLE_LOG).stat().st_size
                 case "probed":
                     run.probed = Profile.probed(run.cell.configuration.name, run.hello, json.loads(rest))
                     if run.plan is None:
@@ -379,8 +390,7 @@ class _Machine:
                     run.recorded[int(text)] = json.loads(body)
                 case "splat":
                     text, _, body = rest.partition(" ")
-                    if found := find_splats(json.loads(body)):
-                        run.splat(int(text), found[0].title)
+                    self._spoke(text, json.loads(body))
                 case "done":
                     self._order(boot)
                 case "executed":
@@ -395,6 +405,28 @@ class _Machine:
                 self.ended = True
                 boot.send(wire.CHANNEL, b'{"end": true}\n')
         self._after(boot)
+
+    def _booted(self) -> bool:
+        """Tell what the kernel said until its runner spoke. True when nothing of it concerns KVM."""
+        run, clean = self.run, True
+        for splat in self._said.booted():
+            if of_kvm(splat):
+                clean = False
+                run.kernel("boot-log", f"{splat.title}; console: {self.folder / CONSOLE_LOG}")
+            else:
+                run._progress(f"{run.cell.name}: while it booted, and not of KVM: {splat.title}")
+        return clean
+
+    def _spoke(self, index: str, text: str) -> None:
+        """The kernel's log did, while Case ``index`` ran, or none (``-``)."""
+        found = find_splats(text)
+        self._said.told(found)
+        if not found:
+            self.run._progress(f"{self.run.cell.name}: the kernel's log has what is no splat: {text[:200]!r}")
+        elif index == "-":
+            self.run.kernel("log", f"{found[0].title}; console: {self.folder / CONSOLE_LOG}")
+        else:
+            self.run.splat(int(index), found[0].title)
 
     def _keep(self, boot: Boot, hello: str) -> None:
         """Keep this machine, for others to go on from."""
@@ -463,39 +495,56 @@ class _Machine:
         if self.run._stop:
             return
         served = self.run.probed is not None if self.run.plan is None else self.ended and self._running() is None
-        ending = boot.wait(10.0 if served else 30.0)
-        if served:
-            if ending is None or ending.how is not How.POWERED_OFF:
-                self.run._progress(f"{self.run.cell.name}: the machine did not switch itself off: {ending or 'killed'}")
+        ending = boot.wait(30.0)
+        if not served:
+            raise LostError(str(ending or "the runner closed its channel"))
+        if self._said_at_the_end(ending) or (ending is not None and ending.how is How.POWERED_OFF):
             return
-        raise LostError(str(ending or "the runner closed its channel"))
+        self.run._progress(f"{self.run.cell.name}: the machine did not switch itself off: {ending or 'killed'}")
+
+    def _said_at_the_end(self, ending: Ending | None) -> bool:
+        """After the last Case: tell what is the kernel's doing and nobody was told of. False when nothing is."""
+        console = self.folder / CONSOLE_LOG
+        found = [("log", splat.title) for splat in self._said.untold()]
+        if not found and ending is not None and ending.how is How.RESET:
+            found = [("shutdown", _RESET)]
+        for where, title in found:
+            self.run.kernel(where, f"{title}; console: {console}")
+        return bool(found)
 
     def lost(self, boot: Boot, error: Exception) -> None:
         """Blame: the kernel when its log says so or it fell silent in the suite, else our infrastructure."""
         run = self.run
         hung = isinstance(error, TimeoutError)
-        if boot.ending is None:
+        ending = boot.ending if hung else boot.wait(_ENDS_WITHIN)
+        if ending is None:
             boot.kill()
         console = self.folder / CONSOLE_LOG
-        log = console.read_bytes()[self.boot_log :].decode(errors="replace") if console.exists() else ""
-        splats = [splat for splat in find_splats(log) if not _INIT_ENDED.search(splat.title)]
-        index = self._running()
-        if not self.begun or index is None:
-            told = [str(error) or "silence"]
-            told += [splat.title for splat in splats[:1] if splat.title not in told[0]]
-            raise LostError(f"{run.cell.name}: before the suite began: {'; '.join(told)}; console: {console}")
-        job = self.hand[0]
+        splats = self._said.untold()
         what = splats[0].title if splats else f"the kernel fell silent for {SILENCE_LIMIT:g} s" if hung else ""
+        if not self.begun or (self._running() is None and hung and not splats):
+            told = [str(error) or "silence", *(s.title for s in splats[:1] if s.title not in str(error))]
+            when = "after the last Case" if self.begun else "before the suite began"
+            raise LostError(f"{run.cell.name}: {when}: {'; '.join(told)}; console: {console}")
+        elif self._running() is None:
+            self._said_at_the_end(ending)
+        else:
+            self._blame(what, f"{error}; console: {console}")
+        run._progress(f"{run.cell.name}: machine lost ({str(error).splitlines()[0]}); the rest goes to a fresh one")
+
+    def _blame(self, what: str, error: str) -> None:
+        """It ended in a Case: of ``what`` the kernel said or did, or for reasons of our own."""
+        job, console = self.hand[0], self.folder / CONSOLE_LOG
+        index = job.indices[0]
         if not job.careful:  # which of the last Cases it was, a second run tells
             job.careful, job.first = True, index
             job.suspicion = f"{what}; console: {console}" if what else ""
         elif what:
             job.indices.popleft()
             job.suspicion = ""
-            run.splat(index, f"{what}; console: {console}")
-        elif not run.lost(index, f"{error}; console: {console}"):
+            self.run.splat(index, f"{what}; console: {console}")
+        elif not self.run.lost(index, error):
             job.indices.popleft()
-        run._progress(f"{run.cell.name}: machine lost ({str(error).splitlines()[0]}); the rest goes to a fresh one")
 
 
 def reader(case: Case, difference: Difference | None) -> Callable[[int, int], bytes]:

@@ -36,6 +36,11 @@ class Warm:
     state: Path
     hello: str
 
+    @property
+    def console(self) -> Path:
+        """What its kernel said until then."""
+        return self.state.parent / CONSOLE_LOG
+
 
 def warm_key(spec: BootSpec, *contents: str) -> str:
     """The key of what ``spec`` starts; ``contents`` are digests of what its files hold. The last disk may be any."""

@@ -8,7 +8,7 @@
     {"end": true}                            executed {...}   which of the functions to trace (FunctionProfile.result)
                                              - I {...}         a Finding that is not clean
                                              = I [[...], ...]  all that it showed, action by action (``record``)
-                                             splat I {...}     the kernel log spoke up while Case I ran
+                                             splat I {...}     the kernel log spoke up while Case I (-: none) ran
                                              done G            job G is finished
                                              fault TEXT        the runner itself failed
 
