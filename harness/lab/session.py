@@ -513,7 +513,7 @@ class _Machine:
         return bool(found)
 
     def lost(self, boot: Boot, error: Exception) -> None:
-        """Blame: the kernel when its log says so or it fell silent in the suite, else our infrastructure."""
+        """Blame: the kernel when its log says so or it reset itself or falls silent twice, else our infrastructure."""
         run = self.run
         hung = isinstance(error, TimeoutError)
         ending = boot.ending if hung else boot.wait(_ENDS_WITHIN)
@@ -521,28 +521,29 @@ class _Machine:
             boot.kill()
         console = self.folder / CONSOLE_LOG
         splats = self._said.untold()
-        what = splats[0].title if splats else f"the kernel fell silent for {SILENCE_LIMIT:g} s" if hung else ""
-        if not self.begun or (self._running() is None and hung and not splats):
-            told = [str(error) or "silence", *(s.title for s in splats[:1] if s.title not in str(error))]
+        what = splats[0].title if splats else _RESET if ending is not None and ending.how is How.RESET else ""
+        silence = f"the kernel fell silent for {SILENCE_LIMIT:g} s" if hung else ""
+        if not self.begun or (self._running() is None and hung and not what):
+            told = [str(error) or "silence", *([what] if what and what not in str(error) else [])]
             when = "after the last Case" if self.begun else "before the suite began"
             raise LostError(f"{run.cell.name}: {when}: {'; '.join(told)}; console: {console}")
         elif self._running() is None:
             self._said_at_the_end(ending)
         else:
-            self._blame(what, f"{error}; console: {console}")
+            self._blame(what, silence, f"{error}; console: {console}")
         run._progress(f"{run.cell.name}: machine lost ({str(error).splitlines()[0]}); the rest goes to a fresh one")
 
-    def _blame(self, what: str, error: str) -> None:
-        """It ended in a Case: of ``what`` the kernel said or did, or for reasons of our own."""
+    def _blame(self, what: str, silence: str, error: str) -> None:
+        """It ended in a Case: of ``what`` the kernel said or did, or in ``silence``, or for reasons of our own."""
         job, console = self.hand[0], self.folder / CONSOLE_LOG
         index = job.indices[0]
-        if not job.careful:  # which of the last Cases it was, a second run tells
+        if not job.careful:  # which of the last Cases it was, a second run tells; silence may be a busy host's
             job.careful, job.first = True, index
             job.suspicion = f"{what}; console: {console}" if what else ""
-        elif what:
+        elif what or silence:
             job.indices.popleft()
             job.suspicion = ""
-            self.run.splat(index, f"{what}; console: {console}")
+            self.run.splat(index, f"{what or silence}; console: {console}")
         elif not self.run.lost(index, error):
             job.indices.popleft()
 

@@ -233,6 +233,23 @@ def die(machine, how, error, text=""):
     return machine.hand[0] if machine.hand else None
 
 
+def test_a_silence_that_does_not_repeat_is_nobodys(machine, results):
+    begin(machine)
+    job = die(machine, None, TimeoutError("nothing for 1 s"))
+    assert job.careful
+    for index in (0, 1):
+        machine._settle(machine._finished(index))
+    assert results == []
+
+
+def test_a_silence_that_repeats_is_the_cases(machine, results):
+    begin(machine)
+    die(machine, None, TimeoutError("nothing for 1 s"))
+    die(machine, None, TimeoutError("nothing for 1 s"))
+    assert told(results) == [("a/b@real#0", Verdict.SPLAT)]
+    assert "fell silent for 90 s" in results[0].summary
+
+
 def test_a_panic_that_does_not_repeat_is_told(machine, results):
     begin(machine)
     die(machine, How.PANICKED, LostError("closed"), PANIC)
@@ -249,6 +266,14 @@ def test_what_an_earlier_case_was_told_of_is_not_what_a_later_one_died_of(machin
     machine._finished(0)
     results.clear()
     assert not die(machine, How.DIED, LostError("killed")).suspicion
+
+
+def test_a_guest_kernel_that_resets_itself_is_the_kernels(machine, results):
+    begin(machine)
+    assert "reset itself" in die(machine, How.RESET, LostError("the guest reset itself")).suspicion
+    die(machine, How.RESET, LostError("the guest reset itself"))
+    assert told(results) == [("a/b@real#0", Verdict.SPLAT)]
+    assert "the guest kernel reset itself" in results[0].summary
 
 
 def test_an_emulator_that_dies_twice_in_a_case_is_lost(machine, results):
