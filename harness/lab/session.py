@@ -157,6 +157,8 @@ class CellRun:
         self.probed: Profile | None = None
         self.hello: Mapping[str, Any] = {}
         self._probe_wanted = True
+        self._probe_deaths = 0  # machines that ended while they were being asked what their KVM can do
+        self.probe_kills = False  # the kernel dies of that, which was told
         self._stop = False
         self._problem: BaseException | None = None
         self.keeps = not cold and plan is not None and cell.accel == "tcg" and FEATURE in cell.emulator.features
@@ -209,12 +211,14 @@ class CellRun:
                 f"{self.cell.name}: the deadline of {self._deadline / 60:g} minutes passed; "
                 f"{self.tally.done} of {self.tally.total} Cases were run: give more time with --deadline"
             )
+        if self.probed is None and not self.probe_kills and not self.enough:
+            raise LostError(f"{self.cell.name}: its KVM was not asked what it can do; consoles: {self.folder}")
 
     # --- a machine and its thread ---
 
     def _worker(self, number: int) -> None:
         try:
-            while self._jobs and not self._stop:
+            while (self._jobs or self._probe_wanted) and not self._stop:
                 self._serve(number)
         except BaseException as error:  # the other machine goes on with what is left
             with self._lock:
@@ -258,6 +262,8 @@ class CellRun:
 
     def _give_back(self, machine: _Machine) -> None:
         with self._lock:
+            if machine.asked and not self.probe_kills:  # and has not answered: ask another one
+                self._probe_wanted = True
             for job in reversed(machine.hand):
                 if job.indices:
                     self._jobs.appendleft(job)
@@ -298,6 +304,16 @@ class CellRun:
     def differed(self, index: int, body: Mapping[str, Any]) -> None:
         """Case ``index`` came to a Finding that is not clean."""
         self._judged(index, wire.finding_from_json(dict(body)))
+
+    def died_of_probe(self, what: str, silent: bool) -> None:
+        """A machine ended while it was asked what its KVM can do: of ``what``, if that is the kernel's doing.
+
+        A silence has to repeat for that.
+        """
+        self._probe_deaths += 1
+        if what and (not silent or self._probe_deaths > 1):
+            self.probe_kills = True
+            self.kernel("probe", f"asked what its KVM can do: {what}")
 
     def kernel(self, where: str, text: str) -> None:
         """The kernel did ``text``, which is bad, and no Case is to blame. Told once."""
@@ -347,6 +363,8 @@ class _Machine:
         self.hand: deque[Job] = deque()
         self.begun = False  # the suite has: from here on silence and death are the kernel's
         self.ended = False  # it was told to, for there was nothing left to do, or never anything
+        self.asked = False  # what its KVM can do, and it has not answered
+        self._probing = False  # it is busy with that
         self._said = Said(folder / CONSOLE_LOG, warm.console if warm is not None else None)
 
     def talk(self, boot: Boot) -> None:
@@ -367,11 +385,13 @@ class _Machine:
                         boot.send(wire.CHANNEL, json.dumps({"trace": list(run.trace)}).encode() + b"\n")
                     self._order(boot)
                     if first:
+                        self.asked, self._probing = True, not self.hand
                         boot.send(wire.CHANNEL, b'{"probe": true}\n')
                     for _ in range(1, _AHEAD):
                         self._order(boot)
                     self.begun = bool(self.hand)
                 case "probed":
+                    self.asked = self._probing = False
                     run.probed = Profile.probed(run.cell.configuration.name, run.hello, json.loads(rest))
                     if run.plan is None:
                         boot.send(wire.CHANNEL, b'{"end": true}\n')
@@ -392,6 +412,7 @@ class _Machine:
                     text, _, body = rest.partition(" ")
                     self._spoke(text, json.loads(body))
                 case "done":
+                    self._probing = self.asked  # it comes after the first job
                     self._order(boot)
                 case "executed":
                     run.executed.append(json.loads(rest))
@@ -495,6 +516,7 @@ class _Machine:
         if self.run._stop:
             return
         served = self.run.probed is not None if self.run.plan is None else self.ended and self._running() is None
+        served = served and not self._probing
         ending = boot.wait(30.0)
         if not served:
             raise LostError(str(ending or "the runner closed its channel"))
@@ -523,7 +545,9 @@ class _Machine:
         splats = self._said.untold()
         what = splats[0].title if splats else _RESET if ending is not None and ending.how is How.RESET else ""
         silence = f"the kernel fell silent for {SILENCE_LIMIT:g} s" if hung else ""
-        if not self.begun or (self._running() is None and hung and not what):
+        if self._probing and run.plan is not None:
+            run.died_of_probe(f"{what or silence}; console: {console}" if what or silence else "", silent=not what)
+        elif not self.begun or (self._running() is None and hung and not what):
             told = [str(error) or "silence", *([what] if what and what not in str(error) else [])]
             when = "after the last Case" if self.begun else "before the suite began"
             raise LostError(f"{run.cell.name}: {when}: {'; '.join(told)}; console: {console}")

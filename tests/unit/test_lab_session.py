@@ -290,6 +290,46 @@ def test_a_case_with_a_splat_counts_once(run, results):
     assert (run.tally.done, len(results)) == (1, 3)
 
 
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+
+def test_who_died_before_it_answered_is_followed_by_another_that_is_asked(run, machine):
+    begin(machine)
+    assert run.greeted({})
+    machine.asked = True
+    run._give_back(machine)
+    assert run.greeted({})
+    assert not run.greeted({})
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "text"),
+    [
+        (How.PANICKED, LostError("closed"), PANIC),
+        (How.RESET, LostError("the guest reset itself"), ""),
+    ],
+)
+def test_who_dies_of_the_probe_blames_no_case(run, machine, results, how, error, text):
+    log = begin(machine)
+    machine.asked = machine._probing = True
+    more(log, text)
+    machine.lost(Ended(how), error)
+    ((name, verdict),) = told(results)
+    assert name.startswith("kernel/probe/")
+    assert verdict is Verdict.SPLAT
+    assert not machine.hand[0].careful
+    assert run.probe_kills
+
+
+def test_silence_in_the_probe_has_to_repeat(run, machine, results):
+    begin(machine)
+    machine.asked = machine._probing = True
+    machine.lost(Ended(None), TimeoutError("nothing for 1 s"))
+    assert results == []
+    machine.lost(Ended(None), TimeoutError("nothing for 1 s"))
+    assert told(results)[0][0].startswith("kernel/probe/asked-what-its-KVM-can-do-the-kernel-fell-silent")
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
