@@ -305,16 +305,25 @@ AFTER: Final = 'until [ "$(cat /sys/kernel/debug/kvm/exits)" -gt 300 ]; do sleep
 """Shell that waits until guests have run: the suite has begun."""
 
 
+RUNNER: Final = "PYTHONPATH=/payload {}/usr/bin/python3 -S -s -B -m harness.lab.agent\n"
+WARNS: Final = "while read -r line; do echo \"$line\" > /dev/kmsg; done <<'EOF'\n" + WARN + "\nEOF\n"
+"""Shell that has the kernel's log warn."""
+
+
 def with_start(monkeypatch, lines, *, once=False):
     """Payloads whose start script does ``lines`` beside the runner, once the suite has begun; $agent is the runner."""
-    script = "#!/bin/sh\nagent=$$\n(" + AFTER + lines + ") &\n"
-    script += "PYTHONPATH=/payload exec /usr/bin/python3 -S -s -B -m harness.lab.agent\n"
+    begin_with(monkeypatch, "agent=$$\n(" + AFTER + lines + ") &\n" + RUNNER.format("exec "), once=once)
+
+
+def begin_with(monkeypatch, lines, *, once=False):
+    """Payloads whose start script is ``lines``; with ``once`` only the first."""
+    script = "#!/bin/sh\n" + lines
     disks = [runner_payload(start=script.encode()), *([runner_payload()] if once else [])]
     monkeypatch.setattr("harness.lab.session.runner_payload", lambda progress: disks.pop(0) if disks[1:] else disks[0])
 
 
 def test_a_warning_of_the_kernel_is_blamed_on_one_case(cell, plan, profile, tmp_path, monkeypatch):
-    with_start(monkeypatch, "while read -r line; do echo \"$line\" > /dev/kmsg; done <<'EOF'\n" + WARN + "\nEOF\n")
+    with_start(monkeypatch, WARNS)
     results = run(cell, plan, profile, tmp_path, len(plan.names), cold=True)
     splats = [r for r in results if r.verdict is Verdict.SPLAT]
     assert len(splats) == 1
@@ -328,7 +337,7 @@ def test_a_panic_in_the_suite_is_the_kernels_and_the_rest_still_runs(cell, plan,
     splats = [r for r in results if r.verdict is Verdict.SPLAT]
     assert len(splats) == 1
     assert "panic" in splats[0].summary.lower()
-    assert {r.name for r in results} == set(plan.names)
+    assert {r.name for r in results if r.id} == set(plan.names)
 
 
 def test_machines_that_panic_over_and_over_are_given_up(cell, plan, profile, tmp_path, monkeypatch):
@@ -346,13 +355,76 @@ def test_a_runner_that_is_killed_costs_a_machine_and_no_verdict(cell, plan, prof
     assert len(list(tmp_path.glob("boot-*"))) == 2
 
 
-def test_a_kernel_that_falls_silent_in_the_suite_is_the_kernels_defect(cell, plan, profile, tmp_path, monkeypatch):
+def test_a_kernel_that_falls_silent_once_is_asked_again(cell, plan, profile, tmp_path, monkeypatch):
     monkeypatch.setattr("harness.lab.session.SILENCE_LIMIT", 10.0)
     with_start(monkeypatch, "kill -STOP $agent", once=True)
     results = run(cell, plan, profile, tmp_path, 600, cold=True)
+    assert [r.name for r in results] == list(plan.names[:600])
+    assert Verdict.SPLAT not in results.verdicts
+    assert len(list(tmp_path.glob("boot-*"))) == 2
+
+
+def test_a_kernel_that_falls_silent_again_is_bad(cell, plan, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.lab.session.SILENCE_LIMIT", 10.0)
+    monkeypatch.setattr("harness.lab.session.BOOTS", 2)
+    begin_with(
+        monkeypatch, "agent=$$\n(" + AFTER.replace("300", "0") + "kill -STOP $agent) &\n" + RUNNER.format("exec ")
+    )
+    results = Results()
+    with pytest.raises(LostError, match="2 machines were lost; given up"):
+        CellRun(cell, plan, profile, tmp_path, results, machines=1, cold=True).run(range(200))
     splats = [r for r in results if r.verdict is Verdict.SPLAT]
     assert len(splats) == 1
     assert "fell silent for 10 s" in splats[0].summary
+
+
+def test_a_guest_kernel_that_resets_itself_is_bad(cell, plan, profile, tmp_path, monkeypatch):
+    with_start(monkeypatch, "echo b > /proc/sysrq-trigger", once=True)
+    results = run(cell, plan, profile, tmp_path, 600, cold=True)
+    splats = [r for r in results if r.verdict is Verdict.SPLAT]
+    assert len(splats) == 1
+    assert "the guest kernel reset itself" in splats[0].summary
+    assert {r.name for r in results if r.id} == set(plan.names[:600])
+
+
+# --- before the first Case and after the last ---
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (WARNS + RUNNER.format("exec "), "kernel/boot-log/WARNING-at-arch-x86-kvm-regs.h-kvm_read_cr0-kvm"),
+        (RUNNER.format("") + WARNS, "kernel/log/WARNING-at-arch-x86-kvm-regs.h-kvm_read_cr0-kvm"),
+        (RUNNER.format("") + "echo c > /proc/sysrq-trigger\n", "kernel/log/Kernel-panic-not-syncing-sysrq-triggered"),
+        (RUNNER.format("") + "echo b > /proc/sysrq-trigger\n", "kernel/shutdown/the-guest-kernel-reset-itself"),
+    ],
+    ids=["warning-before", "warning-after", "panic-after", "reset-after"],
+)
+def test_what_the_kernel_does_outside_of_cases_is_bad(cell, tmp_path, monkeypatch, own_machines, lines, name):
+    begin_with(monkeypatch, lines)
+    options = Options("smoke", select=FEW, machines=1)
+    outcome = run_cell(cell, tmp_path, options, print, io.StringIO())
+    assert (outcome.status, outcome.problem) == (1, "")
+    bad = [r for r in outcome.records if r["verdict"] == "splat"]
+    assert [(r["case"].startswith(name), r["id"]) for r in bad] == [(True, "")], bad
+    found = read_run(tmp_path)
+    assert found.complete
+    assert len(found.records) == found.header["chosen"] + 1 > 50
+
+
+def test_a_machine_that_dies_before_it_says_what_kvm_can_do_is_followed_by_one_that_is_asked(
+    cell, plan, profile, tmp_path, monkeypatch
+):
+    begin_with(
+        monkeypatch,
+        "agent=$$\n(" + AFTER.replace("300", "0") + "kill -9 $agent) &\n" + RUNNER.format("exec "),
+        once=True,
+    )
+    asked = CellRun(cell, plan, profile, tmp_path, lambda *_: None, machines=1, cold=True)
+    asked.run(range(200))
+    assert asked.probed is not None
+    assert profile.lost(asked.probed) == []
+    assert len(list(tmp_path.glob("boot-*"))) == 2
 
 
 def test_what_a_profile_has_and_the_kernel_lacks_is_regressed(cell, profile, tmp_path):
