@@ -20,6 +20,7 @@ Signature = tuple[str, str, int, int, str]
 
 _FAILS: Final = tuple(v for v in BAD if v is not Verdict.LOST)
 _RIGHT: Final = (Verdict.AGREE, Verdict.HEALED)
+_EXCUSED: Final = (Verdict.SUSPECT, Verdict.KNOWN, Verdict.UNSUPPORTED)
 _NUMBER: Final = re.compile(r"0x[0-9a-f]+|\d+")
 
 
@@ -66,7 +67,7 @@ class Change:
     def verdict(self) -> Verdict:
         """What that means for the kernel: *regressed* too where it was right and now is excused or known."""
         after = verdict_of(self.after)
-        if after in (Verdict.UNSUPPORTED, Verdict.KNOWN) and self.before is not None:
+        if after in _EXCUSED and self.before is not None:
             return Verdict.REGRESSED if verdict_of(self.before) in _RIGHT else after
         return after
 

@@ -55,7 +55,7 @@ def test_a_failure_that_ends_is_mended():
     assert not found.fails
 
 
-@pytest.mark.parametrize("verdict", ["unsupported", "known"])
+@pytest.mark.parametrize("verdict", ["unsupported", "known", "suspect"])
 def test_what_was_right_and_is_now_excused_has_regressed(verdict):
     (found,) = changes(record(), record(verdict=verdict, summary="this KVM's emulator lacks 0f c7 in long"))
     assert found.verdict is Verdict.REGRESSED
