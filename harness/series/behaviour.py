@@ -46,6 +46,11 @@ def varies(record: Record | None) -> bool:
     )
 
 
+def lost(record: Record | None) -> bool:
+    """The infrastructure failed: it says nothing of the kernel."""
+    return record is not None and verdict_of(record) is Verdict.LOST
+
+
 @cache
 def _now_and_then() -> frozenset[str]:
     return frozenset(row.name for row in load_known() if row.sometimes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ from harness.lab.configurations import Configuration
 from harness.lab.profile import Profile
 from harness.lab.splat import find_splats
 from harness.report.views import Record
-from harness.series.behaviour import Change, Recording, signature
+from harness.series.behaviour import Change, Recording, lost, signature
 from harness.series.builds import Flavour
 from harness.series.cells import CellResult, read_result
 from harness.series.coverage import Reached
@@ -25,6 +25,7 @@ BOOT: Final = "kernel/boot"
 KVM: Final = "profile/KVM"
 """What ``lab run`` names a kernel without KVM."""
 _PROFILE: Final = "profile/"
+_TOLD: Final = 6  # names
 
 
 @dataclass
@@ -87,11 +88,18 @@ class CellLine:
         self._follow(number, changes, records)
         quarantined = [*(n for n in records if n in self.base.flaky), *sorted(unsteady)]
         problem = "" if any(c.name in (BOOT, KVM) for c in changes) else result.problem
+        problems = [problem, self._lost(records)]
         return replace(
             report, folder=str(result.folder), counts=counts_of(records.values()),
             checks=sum(int(r["checks"]) for r in records.values()), changes=tuple(changes),
-            inherited=self.inherited(changes), quarantined=tuple(quarantined), problem=problem, seconds=result.seconds,
+            inherited=self.inherited(changes), quarantined=tuple(quarantined),
+            problem="; ".join(filter(None, problems)), seconds=result.seconds,
         )  # fmt: skip
+
+    def _lost(self, records: Mapping[str, Record]) -> str:
+        """Cases of which nothing is known here, though BASE shows something: this kernel may die of them."""
+        names = [n for n, r in records.items() if lost(r) and not lost(self.base.records.get(n))]
+        return f"{len(names)} Case{'s' * (len(names) > 1)} lost: {_listed(names)}" if names else ""
 
     def inherited(self, changes: list[Change] | None = None) -> dict[str, int]:
         """The failures of the kernel as it is that ``changes`` have not brought, with the patches that have."""
@@ -111,6 +119,11 @@ class CellLine:
                 self.origin[change.name] = number
         failing = self.now.failures()
         self.origin = {name: origin for name, origin in self.origin.items() if name in failing}
+
+
+def _listed(names: Collection[str]) -> str:
+    told = ", ".join(list(names)[:_TOLD])
+    return f"{told} and {len(names) - _TOLD} more" if len(names) > _TOLD else told
 
 
 def _no_suite(result: CellResult) -> Record | None:

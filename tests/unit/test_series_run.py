@@ -154,13 +154,23 @@ def test_flaky_on_base_is_quarantined_by_name(tree, out):
 
 def test_what_is_not_seen_again_is_no_verdict_but_is_told(tree, out):
     tree.commit("innocent", code(mov="return x + 1;"))
-    there = Elsewhere(odd=[CASES[0]])
+    there = Elsewhere(odd={CASES[0]: {1}})
     report = validate(tree, out, there)
     assert outcomes(report) == [Outcome.GOOD]
     assert report.patches[0].cells[0].quarantined == (CASES[0],)
     again = [j for j in there.jobs if j.options.only]
     assert [j.options.only for j in again] == [{CASES[0]}, {CASES[0]}]
     assert CASES[0] in (out / "report.txt").read_text()
+
+
+def test_a_case_that_kills_its_machine_every_time_is_never_good(tree, out):
+    tree.commit("kills", code(f"dies of {CASES[1]}"))
+    tree.commit("fix", code(mov="return x + 1;"))
+    report = validate(tree, out, Elsewhere(), configs=("svm",))
+    assert outcomes(report) == [Outcome.LOST, Outcome.GOOD]
+    assert report.status == 4
+    assert report.patches[0].cells[0].problem == f"1 Case lost: {CASES[1]}"
+    assert f"lost: 1 Case lost: {CASES[1]}" in (out / "report.txt").read_text()
 
 
 def test_a_kernel_that_panics_at_boot_is_bad(tree, out):
