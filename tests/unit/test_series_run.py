@@ -141,15 +141,30 @@ def test_other_behaviour_is_told_and_counts_against_no_functional_change(tree, o
     assert report.status == 1
 
 
-def test_flaky_on_base_is_quarantined_by_name(tree, out):
+def flaky(tree, *does):
+    """A series of one patch that ``does`` things, on a BASE whose first Case is flaky."""
     tree.commit("flaky base", code(f"shakes {CASES[0]}"))
     tree.git("tag", "--force", "base")
-    tree.commit("fails there", code(f"shakes {CASES[0]}", f"fails {CASES[0]}"))
+    tree.commit("patch", code(f"shakes {CASES[0]}", *does, mov="return x + 1;"))
+
+
+def test_flaky_on_base_is_quarantined_by_name(tree, out):
+    flaky(tree, f"allows {CASES[0]}")
     report = validate(tree, out, Elsewhere())
     assert outcomes(report) == [Outcome.GOOD]
     assert list(report.quarantined["svm"]) == [CASES[0]]
     text = (out / "report.txt").read_text()
     assert f"quarantined in svm, since BASE did not show the same twice:\n  {CASES[0]}" in text
+
+
+@pytest.mark.parametrize(("does", "verdict"), [("fails", Verdict.MISMATCH), ("warns in", Verdict.SPLAT)])
+def test_what_is_flaky_on_base_is_excused_for_what_base_has_shown_only(tree, out, does, verdict):
+    flaky(tree, f"{does} {CASES[0]}")
+    tree.commit("innocent", code(f"shakes {CASES[0]}", f"{does} {CASES[0]}", mov="return x + 2;"))
+    report = validate(tree, out, Elsewhere(), configs=("svm",))
+    assert outcomes(report) == [Outcome.BAD, Outcome.GOOD]
+    assert [c.verdict for c in report.patches[0].cells[0].failures] == [verdict]
+    assert report.patches[1].inherited == {1: 1}
 
 
 def test_what_is_not_seen_again_is_no_verdict_but_is_told(tree, out):
@@ -171,6 +186,24 @@ def test_a_case_that_kills_its_machine_every_time_is_never_good(tree, out):
     assert report.status == 4
     assert report.patches[0].cells[0].problem == f"1 Case lost: {CASES[1]}"
     assert f"lost: 1 Case lost: {CASES[1]}" in (out / "report.txt").read_text()
+
+
+def test_what_base_loses_too_is_nobodys(tree, out):
+    tree.commit("base dies of it", code(f"dies of {CASES[1]}"))
+    tree.git("tag", "--force", "base")
+    tree.commit("still lost", code(f"dies of {CASES[1]}", mov="return x + 1;"))
+    tree.commit("runs now\n\nNo functional change.", code(mov="return x + 2;"))
+    report = validate(tree, out, Elsewhere(), configs=("svm",))
+    assert outcomes(report) == [Outcome.GOOD, Outcome.GOOD]
+
+
+def test_a_case_that_base_lost_once_is_judged_like_any_other(tree, out):
+    tree.commit("unlucky base", code(f"dies once of {CASES[1]}"))
+    tree.git("tag", "--force", "base")
+    tree.commit("bug", code(f"fails {CASES[1]}"))
+    report = validate(tree, out, Elsewhere(), configs=("svm",))
+    assert report.quarantined == {}
+    assert outcomes(report) == [Outcome.BAD]
 
 
 def test_a_kernel_that_panics_at_boot_is_bad(tree, out):
