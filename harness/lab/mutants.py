@@ -30,10 +30,11 @@ from harness.lab.hardware import Emulator
 from harness.lab.image import Image
 from harness.lab.kbuild import BuildError, kernel_from_tree, kernel_key, workspace
 from harness.lab.kernel import Kernel
-from harness.lab.planner import cell_plan, plan_key
+from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile
 from harness.lab.run import CellOutcome, Options, probe_cell, run_cell
 from harness.lab.session import Cell
+from harness.lab.sources import harness_digest
 from harness.selection import matcher
 from harness.verdict import BAD_INPUT, Verdict
 
@@ -110,7 +111,10 @@ class Control:
         self.cell, self._folder, self._progress = cell, folder, progress
         self.profile = self._profile()
         self.plan = cell_plan(cell.configuration, self.profile, _TIER, progress)
-        self.key = digest(cell.kernel.digest, self.plan.key, cell.emulator.digest)
+        self.key = digest(
+            cell.kernel.digest, self.plan.key, cell.emulator.digest, cell.image.digest, cell.accel, harness_digest(),
+            _text(self.profile),
+        )  # fmt: skip
         known = read_json(folder / "control.json")
         if known.get("key") != self.key:
             known = {}
@@ -205,10 +209,10 @@ class Campaign:
 
     def key(self, mutant: Edit) -> str:
         """Changes with everything that the result depends on."""
-        parts = [mutant.select, self.kernels_key(mutant)]
+        parts = [mutant.select, self.kernels_key(mutant), self.bench.image.digest, harness_digest()]
         for name in mutant.configurations:
             profile = self._controls[name].profile if name in self._controls else self._checked_in(name)
-            parts.append(plan_key(CONFIGURATIONS[name], profile, _TIER) if profile else "")
+            parts += [self.bench.accel(name), _text(profile)]
         return digest(*parts)
 
     def kernels_key(self, mutant: Edit) -> str:
@@ -300,6 +304,11 @@ class Kernels:
             self._built[key] = self._campaign.build(edits, self._folder / f"vmlinux-{len(self._built)}")
             self.seconds += time.monotonic() - began
         return self._built[key]
+
+
+def _text(profile: Profile | None) -> str:
+    """All of a profile decides on Cases and verdicts."""
+    return json.dumps(profile.to_json(), sort_keys=True) if profile is not None else ""
 
 
 def _options(names: frozenset[str], profile: Profile, *, fail_fast: bool = False) -> Options:
