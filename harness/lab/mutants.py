@@ -40,6 +40,7 @@ from harness.verdict import BAD_INPUT, Verdict
 
 OUT: Final = Path("out") / "mutants"
 _TIER: Final = "full"
+_TOLD: Final = 6  # names
 _ONE_MACHINE: Final = 2000  # Cases that one machine runs in the time that a second one takes to boot
 
 
@@ -141,8 +142,11 @@ class Control:
         outcome = run_cell(self.cell, self._folder, _options(missing, self.profile), self._progress, StringIO())
         if outcome.problem:
             raise LabError(f"the unmodified kernel cannot be asked: {outcome.problem}")
-        self.bad.update({r["case"]: r["summary"] for r in outcome.records if Verdict(r["verdict"]).status == 1})
-        self._seen |= missing
+        lost = {r["case"] for r in outcome.records if Verdict(r["verdict"]) is Verdict.LOST}
+        fails = {r["case"] for r in outcome.records if Verdict(r["verdict"]).status == 1}
+        bad = {r["case"]: r["summary"] for r in outcome.records if r["case"] in fails | lost}
+        self.bad = {name: said for name, said in self.bad.items() if name not in missing} | bad
+        self._seen |= missing - lost  # those are asked again the next time
         write_json(self._folder / "control.json", {"key": self.key, "seen": sorted(self._seen), "bad": self.bad})
         if self.bad:
             self._progress(f"control: {len(self.bad)} Cases fail on the unmodified kernel: they prove nothing")
@@ -265,7 +269,9 @@ class Campaign:
                 now, fate=Fate.CAUGHT, summary=caught["summary"], configuration=name, case=caught["case"],
                 verdict=caught["verdict"], differs=tuple(caught.get("differs", ())),
             )  # fmt: skip
-        return replace(now, fate=Fate.LOST, summary=outcome.problem, configuration=name) if outcome.problem else now
+        if problem := outcome.problem or _lost(outcome):
+            return replace(now, fate=Fate.LOST, summary=problem, configuration=name)
+        return now
 
     def build(self, edits: Sequence[Edit], image: Path) -> Kernel:
         """A kernel with ``edits``, its image in ``image``. BuildError, EditError."""
@@ -320,6 +326,12 @@ def _first_bad(outcome: CellOutcome, control: Control) -> Mapping[str, Any] | No
     """The first record that fails, and did not on the unmodified kernel."""
     bad = (r for r in outcome.records if Verdict(r["verdict"]).status == 1 and r["case"] not in control.bad)
     return next(bad, None)
+
+
+def _lost(outcome: CellOutcome) -> str:
+    """The Cases of which nothing is known: they may have seen it. Empty when there are none."""
+    names = [str(r["case"]) for r in outcome.records if Verdict(r["verdict"]) is Verdict.LOST]
+    return f"{len(names)} Case{'s' * (len(names) > 1)} lost: {', '.join(names[:_TOLD])}" if names else ""
 
 
 @contextmanager

@@ -204,6 +204,40 @@ class Toy(Campaign):
 
 
 BUG = replace(ALL["cr2-stale"], select="gpr", configurations=("svm",))
+KERNELS = SimpleNamespace(get=lambda name: toy_cell().kernel)
+
+
+def tried(campaign):
+    """What one configuration makes of the bug."""
+    campaign.control("svm").ask(frozenset(NAMES))
+    before = Trial(BUG.name, 27, Fate.UNFIT, summary="no Case matches")
+    return campaign._in("svm", BUG, before, KERNELS, campaign.out / "svm")
+
+
+def test_a_bug_that_nothing_sees_has_survived(cells, tmp_path):
+    assert tried(Toy(tmp_path, toy_cell())).fate is Fate.SURVIVED
+
+
+def test_a_bug_that_loses_cases_has_not_survived(cells, tmp_path):
+    cells += [{}, {NAMES[1]: Verdict.LOST}]
+    found = tried(Toy(tmp_path, toy_cell()))
+    assert found.fate is Fate.LOST
+    assert found.summary == f"1 Case lost: {NAMES[1]}"
+
+
+def test_a_bug_that_one_case_sees_is_caught_whatever_was_lost(cells, tmp_path):
+    cells += [{}, {NAMES[0]: Verdict.LOST, NAMES[1]: Verdict.MISMATCH}]
+    assert tried(Toy(tmp_path, toy_cell())).fate is Fate.CAUGHT
+
+
+def test_what_the_unmodified_kernel_loses_proves_nothing_and_is_asked_again(cells, tmp_path):
+    cells += [{NAMES[0]: Verdict.LOST}]
+    campaign = Toy(tmp_path, toy_cell())
+    assert tried(campaign).cases == 1
+    control = Control(toy_cell(), tmp_path / "control", print)
+    assert list(control.bad) == [NAMES[0]]
+    control.ask(frozenset(NAMES))
+    assert control.bad == {}
 
 
 def known_of(campaign):
