@@ -249,7 +249,7 @@ class SeriesRun:
             if result.problem and not cell.records(result):
                 suspects = frozenset([name for name, record in cell.base.records.items() if record["id"]][:1])
             if suspects:
-                options = replace(pending.jobs[cell.name].options, only=suspects, record=True)
+                options = replace(pending.jobs[cell.name].options, only=suspects, record=True, reduce=False)
                 jobs |= self._look(pending, cell, options)
                 if result.problem:
                     del jobs[f"{cell.name} again"]
@@ -280,7 +280,7 @@ class SeriesRun:
         runs = [f" {number}" for number in range(1, _MORE_RUNS + 1)]
         for cell in cells:
             if only := cell.failing(first[cell.name]):
-                options = replace(pending.jobs[cell.name].options, only=only)
+                options = replace(pending.jobs[cell.name].options, only=only, reduce=False)
                 for run in runs:
                     jobs |= self._look(pending, cell, options, run)
         found = self._await(pending.number, self._submit(jobs), jobs)
@@ -310,7 +310,7 @@ class SeriesRun:
         return Cell(cell.configuration, built.kernel.kernel, setup.emulator, setup.image, setup.accel[cell.name])
 
     def _options(self, tier: str, most_bad: int = 0) -> Options:
-        return Options(tier=tier, machines=self.setup.machines, most_bad=most_bad)
+        return Options(tier=tier, machines=self.setup.machines, most_bad=most_bad, reduce=most_bad > 0)
 
     def _trace(self, where: str | Path, flavour: Flavour, names: Iterable[str]) -> Path:
         """The file with functions to follow."""
