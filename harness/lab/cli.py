@@ -214,7 +214,8 @@ def _run(args: argparse.Namespace) -> int:
     from harness.lab.run import Options, run_cells
 
     options = Options(
-        args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile, 60 * args.deadline, args.cold
+        args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile, 60 * args.deadline, args.cold,
+        reduce=True,
     )
     return run_cells(cells(args), args.out or new_folder(), options, _say, sys.stderr)
 

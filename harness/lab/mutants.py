@@ -30,15 +30,17 @@ from harness.lab.hardware import Emulator
 from harness.lab.image import Image
 from harness.lab.kbuild import BuildError, kernel_from_tree, kernel_key, workspace
 from harness.lab.kernel import Kernel
-from harness.lab.planner import cell_plan, plan_key
+from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile
 from harness.lab.run import CellOutcome, Options, probe_cell, run_cell
 from harness.lab.session import Cell
+from harness.lab.sources import harness_digest
 from harness.selection import matcher
 from harness.verdict import BAD_INPUT, Verdict
 
 OUT: Final = Path("out") / "mutants"
 _TIER: Final = "full"
+_TOLD: Final = 6  # names
 _ONE_MACHINE: Final = 2000  # Cases that one machine runs in the time that a second one takes to boot
 
 
@@ -110,7 +112,10 @@ class Control:
         self.cell, self._folder, self._progress = cell, folder, progress
         self.profile = self._profile()
         self.plan = cell_plan(cell.configuration, self.profile, _TIER, progress)
-        self.key = digest(cell.kernel.digest, self.plan.key, cell.emulator.digest)
+        self.key = digest(
+            cell.kernel.digest, self.plan.key, cell.emulator.digest, cell.image.digest, cell.accel, harness_digest(),
+            _text(self.profile),
+        )  # fmt: skip
         known = read_json(folder / "control.json")
         if known.get("key") != self.key:
             known = {}
@@ -137,8 +142,11 @@ class Control:
         outcome = run_cell(self.cell, self._folder, _options(missing, self.profile), self._progress, StringIO())
         if outcome.problem:
             raise LabError(f"the unmodified kernel cannot be asked: {outcome.problem}")
-        self.bad.update({r["case"]: r["summary"] for r in outcome.records if Verdict(r["verdict"]).status == 1})
-        self._seen |= missing
+        lost = {r["case"] for r in outcome.records if Verdict(r["verdict"]) is Verdict.LOST}
+        fails = {r["case"] for r in outcome.records if Verdict(r["verdict"]).status == 1}
+        bad = {r["case"]: r["summary"] for r in outcome.records if r["case"] in fails | lost}
+        self.bad = {name: said for name, said in self.bad.items() if name not in missing} | bad
+        self._seen |= missing - lost  # those are asked again the next time
         write_json(self._folder / "control.json", {"key": self.key, "seen": sorted(self._seen), "bad": self.bad})
         if self.bad:
             self._progress(f"control: {len(self.bad)} Cases fail on the unmodified kernel: they prove nothing")
@@ -205,10 +213,10 @@ class Campaign:
 
     def key(self, mutant: Edit) -> str:
         """Changes with everything that the result depends on."""
-        parts = [mutant.select, self.kernels_key(mutant)]
+        parts = [mutant.select, self.kernels_key(mutant), self.bench.image.digest, harness_digest()]
         for name in mutant.configurations:
             profile = self._controls[name].profile if name in self._controls else self._checked_in(name)
-            parts.append(plan_key(CONFIGURATIONS[name], profile, _TIER) if profile else "")
+            parts += [self.bench.accel(name), _text(profile)]
         return digest(*parts)
 
     def kernels_key(self, mutant: Edit) -> str:
@@ -261,7 +269,9 @@ class Campaign:
                 now, fate=Fate.CAUGHT, summary=caught["summary"], configuration=name, case=caught["case"],
                 verdict=caught["verdict"], differs=tuple(caught.get("differs", ())),
             )  # fmt: skip
-        return replace(now, fate=Fate.LOST, summary=outcome.problem, configuration=name) if outcome.problem else now
+        if problem := outcome.problem or _lost(outcome):
+            return replace(now, fate=Fate.LOST, summary=problem, configuration=name)
+        return now
 
     def build(self, edits: Sequence[Edit], image: Path) -> Kernel:
         """A kernel with ``edits``, its image in ``image``. BuildError, EditError."""
@@ -302,6 +312,11 @@ class Kernels:
         return self._built[key]
 
 
+def _text(profile: Profile | None) -> str:
+    """All of a profile decides on Cases and verdicts."""
+    return json.dumps(profile.to_json(), sort_keys=True) if profile is not None else ""
+
+
 def _options(names: frozenset[str], profile: Profile, *, fail_fast: bool = False) -> Options:
     machines = 1 if len(names) < _ONE_MACHINE else 2
     return Options(_TIER, fail_fast=fail_fast, machines=machines, only=names, profile=profile)
@@ -311,6 +326,12 @@ def _first_bad(outcome: CellOutcome, control: Control) -> Mapping[str, Any] | No
     """The first record that fails, and did not on the unmodified kernel."""
     bad = (r for r in outcome.records if Verdict(r["verdict"]).status == 1 and r["case"] not in control.bad)
     return next(bad, None)
+
+
+def _lost(outcome: CellOutcome) -> str:
+    """The Cases of which nothing is known: they may have seen it. Empty when there are none."""
+    names = [str(r["case"]) for r in outcome.records if Verdict(r["verdict"]) is Verdict.LOST]
+    return f"{len(names)} Case{'s' * (len(names) > 1)} lost: {', '.join(names[:_TOLD])}" if names else ""
 
 
 @contextmanager

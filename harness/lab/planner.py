@@ -15,25 +15,24 @@ from harness.lab.configurations import Configuration
 from harness.lab.errors import LabInputError
 from harness.lab.plan import Plan, read_plan, write_plan
 from harness.lab.profile import Profile
+from harness.lab.sources import ROOT, closure, source
 
 TIERS: Final = ("smoke", "full")
 KEPT: Final = 48
 """Plans that stay in the cache, of 20 to 150 MB each: two tiers of a dozen cells, before and after a change."""
-_HARNESS: Final = Path(__file__).resolve().parent.parent
-_DATA: Final = ("case.py", "state.py", "modes.py", "cpuid.py", "exits.py", "machine.py")
-_MODEL: Final = ("reference/*.py", "paths/*.py", *_DATA)
+_FINDERS: Final = ("harness.lab.cache", "harness.lab.debian")  # they only find what was planned
 
 
 def plan_key(configuration: Configuration, profile: Profile, tier: str) -> str:
     """Changes with all that decides what a plan holds.
 
-    These are the guests, the model's sources, the guest CPUID and what the profile says of the KVM's abilities.
+    These are the guests, the sources of planner, paths and model with all that they import, the guest CPUID and what
+    the profile says of the KVM's abilities.
     """
     if tier not in TIERS:
         raise LabInputError(f"no tier {tier!r}: use {' or '.join(TIERS)}")
     return digest(
-        digest_tree(_HARNESS, (p for pattern in _MODEL for p in _HARNESS.glob(pattern))),
-        digest_tree(_HARNESS, [_HARNESS / "lab" / "plan.py", _HARNESS / "lab" / "planner.py"]),
+        digest_tree(ROOT, map(source, closure(__name__, _FINDERS))),
         digest_tree(GUESTS_DIR, (p for p in GUESTS_DIR.iterdir() if p.is_file())),
         profile_digest(profile.cpuid), repr(sorted(profile.features)), str(configuration.forced), tier,
         repr([sorted(d.items()) for d in (profile.modes, profile.traits, profile.delivery)]),

@@ -24,7 +24,9 @@ from harness.lab.cache import Progress
 from harness.lab.errors import LabError, LabInputError, LostError, NoKvmError
 from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile, refused_instruction, write_profile
+from harness.lab.reproducer import reduce_reproducers
 from harness.lab.session import DEADLINE, Cell, CellRun, reader
+from harness.lockstep import Difference
 from harness.reference.machine import ReferenceMachine
 from harness.report.emit_c import EmitError, emit_c
 from harness.report.failure import failure_text
@@ -78,7 +80,8 @@ class Options:
     ``only`` are names of Cases, None for all. ``profile`` is what the KVM is expected to be able to do, in the place of
     the checked-in one. ``trace``: names of kernel functions; the journal tells which of them were called. ``record``:
     the journal keeps all that Cases show. ``most_bad``: so many failures are enough, the rest is not run; 0 for no
-    limit. ``header``: goes into the journal's first line.
+    limit. ``reduce``: the C reproducers are made small, which takes one more boot. ``header``: goes into the journal's
+    first line.
     """
 
     tier: str = "full"
@@ -93,6 +96,7 @@ class Options:
     trace: tuple[str, ...] = ()
     record: bool = False
     most_bad: int = 0
+    reduce: bool = False
     header: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -128,6 +132,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     shown = 0
     refused: set[str] = set()
     endings: dict[str, str] = {}
+    failed: list[tuple[Case, Difference, Path]] = []
 
     def take(result: Result, allowed: int) -> None:
         nonlocal shown
@@ -149,6 +154,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             if shown < _SHOWN and result.difference is not None:
                 with suppress(EmitError):
                     kept.with_suffix(".c").write_text(emit_c(case, result.difference, header["host"]))
+                    failed.append((case, result.difference, kept.with_suffix(".c")))
             if (shown := shown + 1) <= _SHOWN:
                 line.clear()
                 text = result.summary
@@ -175,6 +181,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             journal.append({"probed": run.probed.to_json()})
         for index, steps in run.recorded.items():
             journal.append({"recorded": plan.names[index], "steps": steps})
+        if failed and options.reduce:
+            reduce_reproducers(cell, profile, failed, header["host"], folder, line.say(progress))
         if options.trace:
             journal.append({"executed": run.executed, "machines": run.tally.boots})
         if options.write_profile and (refused - {""} or endings):

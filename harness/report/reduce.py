@@ -38,17 +38,28 @@ def reduced(case: Case, difference: Difference | None, run: _Run) -> tuple[Case,
     seen = _model(case)
     if seen is None:
         return case, difference
-    thinning = _Thinning(case, _candidates(case, difference))
-    thinning.take_away(lambda c: _same_outcome(case, seen, c))
-    found = run(thinning.case)
+    thin = _thinned(case, seen, difference)
+    found = run(thin)
     if same_difference(difference, found):
-        return thinning.case, found
+        return thin, found
     if difference is None or difference.got is None or isinstance(difference.got.exit, Timeout):
         return case, difference  # trying many is not worth the time
     # KVM, being wrong, uses what the model does not: ask it about every step.
     thinning = _Thinning(case, _candidates(case, difference))
     thinning.take_away(lambda c: _same_outcome(case, seen, c) and same_difference(difference, run(c)))
     return thinning.case, run(thinning.case)
+
+
+def thinned(case: Case, difference: Difference | None) -> Case | None:
+    """``case`` without the RAM that the model does not need; whether KVM does is to be tried. None: leave it whole."""
+    seen = _model(case)
+    return _thinned(case, seen, difference) if seen is not None else None
+
+
+def _thinned(case: Case, seen: _Seen, difference: Difference | None) -> Case:
+    thinning = _Thinning(case, _candidates(case, difference))
+    thinning.take_away(lambda c: _same_outcome(case, seen, c))
+    return thinning.case
 
 
 def same_difference(a: Difference | None, b: Difference | None) -> bool:

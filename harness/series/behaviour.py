@@ -20,6 +20,7 @@ Signature = tuple[str, str, int, int, str]
 
 _FAILS: Final = tuple(v for v in BAD if v is not Verdict.LOST)
 _RIGHT: Final = (Verdict.AGREE, Verdict.HEALED)
+_EXCUSED: Final = (Verdict.SUSPECT, Verdict.KNOWN, Verdict.UNSUPPORTED)
 _NUMBER: Final = re.compile(r"0x[0-9a-f]+|\d+")
 
 
@@ -45,6 +46,26 @@ def varies(record: Record | None) -> bool:
     )
 
 
+def right(record: Record | None) -> bool:
+    """It is as it must be, or as known_divergences.toml says that it is at some runs."""
+    return record is not None and (verdict_of(record) in _RIGHT or varies(record))
+
+
+def lost(record: Record | None) -> bool:
+    """The infrastructure failed: it says nothing of the kernel."""
+    return record is not None and verdict_of(record) is Verdict.LOST
+
+
+def kind(record: Record) -> tuple[str, ...]:
+    """What went wrong, without the values: they are others at each run where a Case is flaky. Empty if nothing did."""
+    verdict = verdict_of(record)
+    if verdict is Verdict.AGREE:
+        return ()
+    differs = tuple(record.get("differs", ()))
+    said = () if differs and differs != ("exit",) else (_NUMBER.sub("#", _settled(str(record["summary"]))),)
+    return (verdict.value, *differs, *said)
+
+
 @cache
 def _now_and_then() -> frozenset[str]:
     return frozenset(row.name for row in load_known() if row.sometimes)
@@ -66,8 +87,8 @@ class Change:
     def verdict(self) -> Verdict:
         """What that means for the kernel: *regressed* too where it was right and now is excused or known."""
         after = verdict_of(self.after)
-        if after in (Verdict.UNSUPPORTED, Verdict.KNOWN) and self.before is not None:
-            return Verdict.REGRESSED if verdict_of(self.before) in _RIGHT else after
+        if after in _EXCUSED and right(self.before) and not right(self.after):
+            return Verdict.REGRESSED
         return after
 
     @property
@@ -87,10 +108,15 @@ class Change:
 
 @dataclass
 class Recording:
-    """What is known of a cell's kernel. ``flaky``: Cases that did not show the same twice, and are left out."""
+    """What is known of a cell's kernel.
+
+    ``flaky``: Cases that did not show the same twice on BASE. They are excused for what is in ``shown``, the kinds
+    (:func:`kind`) of all that BASE showed of them, and for nothing else.
+    """
 
     records: dict[str, Record] = field(default_factory=dict)
     flaky: dict[str, tuple[str, str]] = field(default_factory=dict)
+    shown: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)
 
     @classmethod
     def of_twice(cls, first: Mapping[str, Record], second: Mapping[str, Record]) -> Recording:
@@ -104,36 +130,50 @@ class Recording:
         found = []
         for name, record in again.items():
             old = self.records.get(name)
-            if name in self.flaky or varies(old) or varies(record):
-                continue
-            if old is not None and signature(old) == signature(record):
-                continue
-            if old is None:
+            if old is None or lost(old):
                 self.records[name] = record
-                continue
-            self.flaky[name] = (_told(old), _told(record))
-            found.append(name)
+            elif name in self.flaky:
+                if not lost(record):
+                    self.shown[name].add(kind(record))
+            elif not (lost(record) or signature(old) == signature(record) or _by_turns(old, record)):
+                self.flaky[name] = (_told(old), _told(record))
+                self.shown[name] = {kind(old), kind(record)}
+                found.append(name)
         return found
 
     def failures(self) -> dict[str, Record]:
-        """What is bad, flaky ones aside."""
-        return {n: r for n, r in self.records.items() if verdict_of(r) in _FAILS and n not in self.flaky}
+        """What is bad, save what BASE shows by itself of flaky Cases."""
+        return {n: r for n, r in self.records.items() if verdict_of(r) in _FAILS and not self._excused(n, r)}
 
     def changes(self, records: Mapping[str, Record]) -> list[Change]:
-        """What of ``records`` is not as it was, flaky and lost ones aside."""
-        out = []
-        for name, record in records.items():
-            old = self.records.get(name)
-            if name in self.flaky or verdict_of(record) is Verdict.LOST or varies(old) or varies(record):
-                continue
-            if old is None or signature(old) != signature(record):
-                out.append(Change(name, old, record))
-        return out
+        """What of ``records`` is not as it was. Of a flaky Case only what is bad and BASE never showed."""
+        return [change for name, record in records.items() if (change := self._change(name, record))]
+
+    def _change(self, name: str, record: Record) -> Change | None:
+        old = self.records.get(name)
+        change = Change(name, None if lost(old) else old, record)
+        if lost(record) or (old is not None and signature(old) == signature(record)):
+            return None
+        if name in self.flaky:
+            return change if change.fails and not self._excused(name, record) else None
+        if lost(old):
+            return change if change.fails else None
+        if old is None:
+            return None if varies(record) else change
+        return None if _by_turns(old, record) else change
+
+    def _excused(self, name: str, record: Record) -> bool:
+        return name in self.flaky and kind(record) in self.shown[name]
 
     def after(self, records: Mapping[str, Record]) -> Recording:
         """The recording of the next kernel, of which ``records`` are all that was run."""
-        kept = {n: r for n, r in records.items() if verdict_of(r) is not Verdict.LOST}
-        return Recording({**self.records, **kept}, self.flaky)
+        kept = {n: r for n, r in records.items() if not lost(r)}
+        return Recording({**self.records, **kept}, self.flaky, self.shown)
+
+
+def _by_turns(old: Record, record: Record) -> bool:
+    """A divergence that shows at some runs only came or went."""
+    return (varies(old) or varies(record)) and right(old) and right(record)
 
 
 def _told(record: Record) -> str:

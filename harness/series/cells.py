@@ -17,26 +17,26 @@ import signal
 from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 from harness.case import Case
 from harness.journal import NAME, JournalError, RunResults, read_journal, read_run
-from harness.lab.cache import area, cached, digest, digest_tree, quiet
+from harness.lab.cache import area, cached, digest, quiet
 from harness.lab.errors import LabError
 from harness.lab.planner import cell_plan
 from harness.lab.profile import load_profile
 from harness.lab.run import Options, run_cell
 from harness.lab.session import Cell
+from harness.lab.sources import harness_digest
 
 LOG: Final = "cell.log"
 """Beside a cell's journal: what it had to say while it ran."""
 _KEY: Final = "key"
 _ATTEMPTS: Final = 2
 _RECORDINGS: Final = "recordings"  # of bases, in the cache
-_HARNESS: Final = Path(__file__).resolve().parent.parent
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -62,7 +62,7 @@ class CellJob:
         return digest(
             cell.kernel.digest, repr(configuration), cell.emulator.digest, cell.image.digest, cell.accel,
             options.tier, repr(options.select), repr(options.only and sorted(options.only)), repr(self.functions),
-            repr(options.record), repr(options.most_bad), self.shared, _harness_digest(),
+            repr(options.record), repr(options.most_bad), self.shared, harness_digest(),
         )  # fmt: skip
 
 
@@ -70,14 +70,6 @@ class CellJob:
     def functions(self) -> tuple[str, ...]:
         """What is in the file ``trace``."""
         return tuple(json.loads(self.trace.read_text())) if self.trace is not None else ()
-
-
-@cache
-def _harness_digest() -> str:
-    """Of all that runs Cases and judges them."""
-    found = [p for p in _HARNESS.rglob("*.py") if p.relative_to(_HARNESS).parts[0] not in ("series", "report")]
-    found += [*(_HARNESS.parent / "guests").iterdir(), *(_HARNESS.parent / "ci" / "qemu" / "profiles").iterdir()]
-    return digest_tree(_HARNESS.parent, [*found, _HARNESS.parent / "known_divergences.toml"])
 
 
 @dataclass(frozen=True)

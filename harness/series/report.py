@@ -63,7 +63,7 @@ def _conclusion(report: SeriesReport) -> Iterator[str]:
     elif report.status:
         lost = [str(p.number) for p in report.patches if p.outcome is Outcome.LOST]
         why = f"patches {', '.join(lost)} were lost" if lost else "not every patch was judged"
-        yield f"no verdict: {why}; the same command goes on"
+        yield f"no verdict: {why}; the same command goes on with what is not finished, another --out begins anew"
     else:
         yield f"all {judged} patches are good"
     if not report.complete:

@@ -26,13 +26,14 @@ from harness.series.explain import explained
 from harness.series.git import Commit, PatchRange
 from harness.series.layout import Layout
 from harness.series.layouts import layout_report, read_layout
-from harness.series.line import KVM, CellLine, not_booting, result_or_nothing
+from harness.series.line import KVM, CellLine, SecondLook, not_booting, result_or_nothing
 from harness.series.report import write_reports
 from harness.series.state import Folder, write
 from harness.series.verdict import Build, CellReport, Code, LayoutReport, PatchReport, SeriesReport
 
 _POLL: Final = 0.5  # seconds between two looks at how far cells are
 _BASE_RUNS: Final = 2
+_MORE_RUNS: Final = 8  # of a Case that failed once and not again, on either kernel
 _MOST_BAD: Final = 500  # new failures of a cell: a WARN() that every Case meets takes a quarter of a second each time
 
 
@@ -208,7 +209,7 @@ class SeriesRun:
     def _finish(self, pending: _Pending) -> None:
         """Wait for a patch's cells, and judge it."""
         results = self._await(pending.number, pending.futures, pending.jobs)
-        unsteady, recorded = self._again(pending, results)
+        looks, recorded = self._again(pending, results)
         cells: list[CellReport] = []
         found = Reached()
         for cell in self.setup.cells:
@@ -218,7 +219,7 @@ class SeriesRun:
                 cells.append(CellReport(cell.name, "", inherited=cell.inherited(), problem=problem))
                 continue
             empty = CellReport(cell.name, job.options.tier, command=self._command(cell, job))
-            taken = cell.take(pending.number, empty, result, unsteady.get(cell.name, frozenset()))
+            taken = cell.take(pending.number, empty, result, looks.get(cell.name, SecondLook()))
             cells.append(explained(taken, job.cell, *recorded[cell.name]) if cell.name in recorded else taken)
             if names := job.functions:
                 symbols = Symbols(pending.built[cell.flavour].system_map)
@@ -233,11 +234,11 @@ class SeriesRun:
 
     def _again(
         self, pending: _Pending, results: dict[str, CellResult]
-    ) -> tuple[dict[str, frozenset[str]], dict[str, tuple[CellResult, CellResult]]]:
+    ) -> tuple[dict[str, SecondLook], dict[str, tuple[CellResult, CellResult]]]:
         """Cases that differ run once more, on this kernel and on BASE: what cannot be seen again is no verdict.
 
-        What is flaky on BASE is quarantined. Returned, by cell, are the names of what this kernel does not show a
-        second time, and these runs, BASE's first, with all that they showed.
+        What is flaky on BASE is quarantined. Returned, by cell, are what came of it, and these runs, BASE's first,
+        with all that they showed.
         """
         jobs: dict[str, CellJob] = {}
         for cell in self.setup.cells:
@@ -248,21 +249,17 @@ class SeriesRun:
             if result.problem and not cell.records(result):
                 suspects = frozenset([name for name, record in cell.base.records.items() if record["id"]][:1])
             if suspects:
-                mine = pending.jobs[cell.name]
-                options = replace(mine.options, only=suspects, record=True)
-                where = self.folder.path / "base" / cell.name / f"patch-{pending.number:04d}"
-                base = self._cell(cell, self._base[cell.flavour])
-                jobs[f"{cell.name} on BASE again"] = CellJob(base, where, options)
-                if not result.problem:
-                    again = mine.folder.parent / "again" / cell.name
-                    jobs[f"{cell.name} again"] = replace(mine, folder=again, options=options, trace=None)
+                options = replace(pending.jobs[cell.name].options, only=suspects, record=True, reduce=False)
+                jobs |= self._look(pending, cell, options)
+                if result.problem:
+                    del jobs[f"{cell.name} again"]
         found = self._await(pending.number, self._submit(jobs), jobs)
         unsteady: dict[str, frozenset[str]] = {}
         recorded: dict[str, tuple[CellResult, CellResult]] = {}
         for cell in self.setup.cells:
             on_base, second = found.get(f"{cell.name} on BASE again"), found.get(f"{cell.name} again")
             if on_base is not None and not on_base.problem:
-                cell.base.quarantine(cell.records(on_base))
+                cell.base_again(cell.records(on_base))
                 result = results[cell.name]
                 if result.problem and not cell.records(result):
                     record = not_booting(result)
@@ -271,7 +268,40 @@ class SeriesRun:
                 unsteady[cell.name] = cell.unsteady(second.records)
             if on_base is not None and second is not None:
                 recorded[cell.name] = on_base, second
-        return unsteady, recorded
+        return self._more_often(pending, results, unsteady), recorded
+
+    def _more_often(
+        self, pending: _Pending, results: Mapping[str, CellResult], unsteady: Mapping[str, frozenset[str]]
+    ) -> dict[str, SecondLook]:
+        """What came of Cases that were not seen a second time: those that failed run several times more."""
+        cells = [cell for cell in self.setup.cells if cell.name in unsteady]
+        first = {c.name: {n: r for n, r in c.records(results[c.name]).items() if n in unsteady[c.name]} for c in cells}
+        jobs: dict[str, CellJob] = {}
+        runs = [f" {number}" for number in range(1, _MORE_RUNS + 1)]
+        for cell in cells:
+            if only := cell.failing(first[cell.name]):
+                options = replace(pending.jobs[cell.name].options, only=only, reduce=False)
+                for run in runs:
+                    jobs |= self._look(pending, cell, options, run)
+        found = self._await(pending.number, self._submit(jobs), jobs)
+        looks = {}
+        for cell in cells:
+            on_base, mine = (
+                [found[name + run].records for run in runs if name + run in found]
+                for name in (f"{cell.name} on BASE again", f"{cell.name} again")
+            )
+            looks[cell.name] = cell.settle(first[cell.name], on_base, mine)
+        return looks
+
+    def _look(self, pending: _Pending, cell: CellLine, options: Options, run: str = "") -> dict[str, CellJob]:
+        """Jobs: one more run on BASE, one on this kernel. ``run`` tells several apart."""
+        mine, folder = pending.jobs[cell.name], run.replace(" ", "-")
+        where = self.folder.path / "base" / cell.name / f"patch-{pending.number:04d}{folder}"
+        again = mine.folder.parent / "again" / f"{cell.name}{folder}"
+        return {
+            f"{cell.name} on BASE again{run}": CellJob(self._cell(cell, self._base[cell.flavour]), where, options),
+            f"{cell.name} again{run}": replace(mine, folder=again, options=options, trace=None),
+        }
 
     # --- cells ---
 
@@ -280,7 +310,7 @@ class SeriesRun:
         return Cell(cell.configuration, built.kernel.kernel, setup.emulator, setup.image, setup.accel[cell.name])
 
     def _options(self, tier: str, most_bad: int = 0) -> Options:
-        return Options(tier=tier, machines=self.setup.machines, most_bad=most_bad)
+        return Options(tier=tier, machines=self.setup.machines, most_bad=most_bad, reduce=most_bad > 0)
 
     def _trace(self, where: str | Path, flavour: Flavour, names: Iterable[str]) -> Path:
         """The file with functions to follow."""

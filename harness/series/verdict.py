@@ -222,11 +222,11 @@ class PatchReport:
         """A word or two, for tables."""
         if self.identical:
             return "same code"
-        if not any(c.tier and not c.problem for c in self.cells):
-            return "-"
         failing = sum(len(c.failures) for c in self.cells)
         if failing:
             return f"{failing} worse"
+        if not any(c.tier and not c.problem for c in self.cells):
+            return "-"
         mended = sum(c.mended for cell in self.cells for c in cell.others)
         if mended:
             return f"{mended} mended" + (f", {self.changed - mended} changed" if self.changed > mended else "")

@@ -83,6 +83,18 @@ def test_smoke_tier_on_a_stock_kernel_is_good(tmp_path):
     assert (tmp_path / "results.ktap").read_text().startswith("KTAP version 1")
 
 
+def test_reproducers_of_what_fails_are_small_and_compile(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.lab.run.load_known", lambda release: ())  # so that what is known fails
+    emulated = replace(cell, configuration=configuration("svm-emul"))
+    options = Options(machines=1, most_bad=3, reduce=True, only=frozenset({"forced/alu/aam7@prot32#0"}))
+    outcome = run_cell(emulated, tmp_path, options, print, io.StringIO())
+    (record,) = [r for r in outcome.records if r["verdict"] == "mismatch"]
+    (source,) = (tmp_path / "cases").glob("*.c")
+    assert source.stat().st_size < 30_000
+    assert f"kvm-harness replay {record['id']}" in source.read_text()
+    subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "repro", source], check=True)
+
+
 def test_a_file_that_is_no_kernel_is_refused(tmp_path):
     bad = tmp_path / "bzImage"
     bad.write_bytes(b"no kernel" * 1000)

@@ -1,6 +1,8 @@
 """Plans: what the model expects travels whole, and the runner's messages say what they were made from."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,9 +10,14 @@ import pytest
 from harness.case import Blob, Case, Memory, Observation, Other, Run, Switch
 from harness.cpuid import CpuidEntry, CpuProfile
 from harness.exits import Halt, Io, Shutdown
+from harness.lab import planner
+from harness.lab.cache import digest_tree
+from harness.lab.configurations import CONFIGURATIONS
 from harness.lab.plan import PlanReader, read_plan, write_plan
 from harness.lab.planner import smoke
+from harness.lab.profile import load_profile
 from harness.lab.session import jobs
+from harness.lab.sources import ROOT, closure
 from harness.lab.wire import finding_from_json, finding_json
 from harness.lockstep import Difference, compare_registers, lockstep
 from harness.machine import MemoryDiff, Recording, record
@@ -87,6 +94,60 @@ def test_smoke_takes_one_case_of_each_entry_and_always_the_same():
     chosen = [c.name for c in smoke(cases)]
     assert [name.partition("/")[0] for name in chosen] == ["a", "b", "c"]
     assert chosen == [c.name for c in smoke(cases)]
+
+
+# --- the key of a plan ------------------------------------------------------------------------------------------------
+
+PLANNING = """
+import sys
+from pathlib import Path
+from harness.lab.planner import _cases
+from harness.lab.plan import write_plan
+from harness.lab.configurations import CONFIGURATIONS
+from harness.lab.profile import load_profile
+
+for name in ("svm", "svm-emul"):
+    profile = load_profile(name, "7.3")
+    cases = [next(iter(_cases(CONFIGURATIONS[name], profile, "full")))]
+    assert not profile.unsupported(cases[0])
+    write_plan(Path(sys.argv[1]), "key", cases)
+print(*(module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "harness"))
+"""
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that the key of a plan is made from."""
+    found = set()
+
+    def note(root, files):
+        files = list(files)
+        found.update(str(path) for path in files)
+        return digest_tree(root, files)
+
+    monkeypatch.setattr(planner, "digest_tree", note)
+    planner.plan_key(CONFIGURATIONS["svm"], load_profile("svm", "7.3"), "smoke")
+    return found
+
+
+def test_the_key_is_of_every_module_that_takes_part_in_planning(hashed, tmp_path):
+    used = subprocess.run(
+        [sys.executable, "-c", PLANNING, tmp_path / "plan"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    finders = {"cache.py", "debian.py"}
+    assert len(used) > 50
+    assert {name for name in used if name.rpartition("/")[2] not in finders} <= hashed
+
+
+@pytest.mark.parametrize("name", ["vmcb.py", "guest.py", "host.py", "lab/profile.py", "paths/smm.py"])
+def test_the_key_is_of_what_decides_what_a_case_is(hashed, name):
+    assert str(ROOT / name) in hashed
+
+
+def test_the_runner_goes_without_model_and_paths_and_with_all_else():
+    found = closure("harness.lab.agent", ("harness.reference", "harness.paths"))
+    assert {"harness", "harness.lab", "harness.lab.agent", "harness.lockstep", "harness.vm"} <= found
+    assert not any(name.startswith(("harness.reference", "harness.paths")) for name in found)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from harness.cpuid import with_features
 from harness.lab import catalogue as module
+from harness.lab import mutants, sources
+from harness.lab.cache import digest
 from harness.lab.catalogue import CLASSES, catalogue, choose, edits_for
 from harness.lab.configurations import CONFIGURATIONS
 from harness.lab.edits import MUTANTS, EditError
 from harness.lab.errors import LabInputError
+from harness.lab.hardware import Emulator
+from harness.lab.image import Image
+from harness.lab.kernel import Kernel
 from harness.lab.mutant_peers import PeerTrial, Suites, try_peers
 from harness.lab.mutant_text import peers_table, trials_table
-from harness.lab.mutants import Fate, Trial, _first_bad, exit_status
+from harness.lab.mutants import Bench, Campaign, Control, Fate, Trial, _first_bad, exit_status
 from harness.lab.profile import load_profile
 from harness.lab.run import CellOutcome
+from harness.lab.session import Cell
 from harness.paths import all_cases, forced_cases
 from harness.selection import matcher
 from harness.verdict import Verdict
@@ -156,6 +165,120 @@ def test_what_the_unmodified_kernel_shows_catches_nothing(tmp_path):
     quiet = [record("a", Verdict.AGREE), record("b", Verdict.KNOWN), record("c", Verdict.UNSUPPORTED)]
     assert _first_bad(CellOutcome("svm", tmp_path, [*quiet, *bad]), _Control) == bad[1]
     assert _first_bad(CellOutcome("svm", tmp_path, [*quiet, bad[0]]), _Control) is None
+
+
+# --- a campaign whose cells leave the records that they are told to
+
+NAMES = ("gpr/mov@long#0", "gpr/xchg@long#0")
+
+
+def toy_cell(name="svm", image="i", accel="tcg", kernel="k"):
+    kernel = Kernel("toy", "7.3.9", "7.3", Path("/dev/null"), None, kernel * 32)
+    emulator = Emulator("toy", Path("/bin/true"), None, "e" * 32, frozenset())
+    return Cell(CONFIGURATIONS[name], kernel, emulator, Image(Path("/dev/null"), image * 32), accel)
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """What the next cells show: a list of verdicts by Case each, taken from the front; all that is left agrees."""
+    shown = []
+
+    def run_cell(cell, folder, options, progress, status):
+        told = shown.pop(0) if shown else {}
+        found = [(name, told.get(name, Verdict.AGREE)) for name in sorted(options.only)]
+        records = [{"case": n, "verdict": v.value, "checks": 1, "summary": v.value} for n, v in found]
+        return CellOutcome(cell.name, folder, records)
+
+    monkeypatch.setattr(mutants, "run_cell", run_cell)
+    monkeypatch.setattr(mutants, "cell_plan", lambda *_: SimpleNamespace(key="plan", names=NAMES))
+    return shown
+
+
+class Toy(Campaign):
+    """A campaign without a tree."""
+
+    def __init__(self, out, cell):
+        self.bench = Bench(cell.emulator, cell.image, lambda _: cell.accel)
+        self.out, self.progress, self._series, self._snapshot = out, print, (7, 3), "0" * 32
+        self._controls = {"svm": Control(cell, out / "control", print)}
+
+
+BUG = replace(ALL["cr2-stale"], select="gpr", configurations=("svm",))
+KERNELS = SimpleNamespace(get=lambda name: toy_cell().kernel)
+
+
+def tried(campaign):
+    """What one configuration makes of the bug."""
+    campaign.control("svm").ask(frozenset(NAMES))
+    before = Trial(BUG.name, 27, Fate.UNFIT, summary="no Case matches")
+    return campaign._in("svm", BUG, before, KERNELS, campaign.out / "svm")
+
+
+def test_a_bug_that_nothing_sees_has_survived(cells, tmp_path):
+    assert tried(Toy(tmp_path, toy_cell())).fate is Fate.SURVIVED
+
+
+def test_a_bug_that_loses_cases_has_not_survived(cells, tmp_path):
+    cells += [{}, {NAMES[1]: Verdict.LOST}]
+    found = tried(Toy(tmp_path, toy_cell()))
+    assert found.fate is Fate.LOST
+    assert found.summary == f"1 Case lost: {NAMES[1]}"
+
+
+def test_a_bug_that_one_case_sees_is_caught_whatever_was_lost(cells, tmp_path):
+    cells += [{}, {NAMES[0]: Verdict.LOST, NAMES[1]: Verdict.MISMATCH}]
+    assert tried(Toy(tmp_path, toy_cell())).fate is Fate.CAUGHT
+
+
+def test_what_the_unmodified_kernel_loses_proves_nothing_and_is_asked_again(cells, tmp_path):
+    cells += [{NAMES[0]: Verdict.LOST}]
+    campaign = Toy(tmp_path, toy_cell())
+    assert tried(campaign).cases == 1
+    control = Control(toy_cell(), tmp_path / "control", print)
+    assert list(control.bad) == [NAMES[0]]
+    control.ask(frozenset(NAMES))
+    assert control.bad == {}
+
+
+def known_of(campaign):
+    return {"trial": campaign.key(BUG), "control": campaign.control("svm").key}
+
+
+@pytest.mark.parametrize("cell", [toy_cell(image="j"), toy_cell(accel="kvm")])
+def test_results_are_of_one_image_and_one_accelerator(cells, tmp_path, cell):
+    before, after = known_of(Toy(tmp_path, toy_cell())), known_of(Toy(tmp_path, cell))
+    assert all(before[what] != after[what] for what in before)
+
+
+@pytest.mark.parametrize("name", [
+    "known_divergences.toml", "harness/judge.py", "harness/known.py", "harness/host.py", "harness/lockstep.py",
+    "harness/vm.py", "harness/pool.py", "harness/lab/agent.py", "ci/qemu/profiles/svm@7.3.json",
+])  # fmt: skip
+def test_results_are_of_all_that_judges(cells, tmp_path, monkeypatch, name):
+    before = known_of(Toy(tmp_path, toy_cell()))
+    changed = sources.ROOT.parent / name
+
+    def digest_tree(root, files):
+        return digest(*(f"{path} is another" if path == changed else path for path in sorted(files)))
+
+    monkeypatch.setattr(sources, "digest_tree", digest_tree)
+    sources.harness_digest.cache_clear()
+    one = known_of(Toy(tmp_path, toy_cell()))
+    changed = None
+    sources.harness_digest.cache_clear()
+    other = known_of(Toy(tmp_path, toy_cell()))
+    sources.harness_digest.cache_clear()
+    assert before["trial"] != one["trial"]
+    assert all(one[what] != other[what] for what in one)
+
+
+@pytest.mark.parametrize("more", [{"lacks": frozenset({"0f c7 in long"})}, {"outcomes": {NAMES[0]: "hang"}}])
+def test_results_are_of_what_the_profile_excuses(cells, tmp_path, monkeypatch, more):
+    before = known_of(Toy(tmp_path, toy_cell()))
+    wider = replace(load_profile("svm", "7.3"), **more)
+    monkeypatch.setattr(mutants, "load_profile", lambda *_: wider)
+    after = known_of(Toy(tmp_path, toy_cell()))
+    assert all(before[what] != after[what] for what in before)
 
 
 def test_a_trial_survives_json_and_the_table_names_its_register():

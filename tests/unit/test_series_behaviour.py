@@ -55,7 +55,7 @@ def test_a_failure_that_ends_is_mended():
     assert not found.fails
 
 
-@pytest.mark.parametrize("verdict", ["unsupported", "known"])
+@pytest.mark.parametrize("verdict", ["unsupported", "known", "suspect"])
 def test_what_was_right_and_is_now_excused_has_regressed(verdict):
     (found,) = changes(record(), record(verdict=verdict, summary="this KVM's emulator lacks 0f c7 in long"))
     assert found.verdict is Verdict.REGRESSED
@@ -81,7 +81,56 @@ def test_flaky_cases_are_quarantined_by_name():
     steady, shaky = record("a"), record("b")
     found = Recording.of_twice({"a": steady, "b": shaky}, {"a": steady, "b": record("b", allowed=3)})
     assert list(found.flaky) == ["b"]
-    assert found.changes({"b": record("b", verdict="mismatch"), "a": steady}) == []
+    assert found.changes({"b": record("b", allowed=4), "a": steady}) == []
+
+
+def bad(name="a", differs=("rax",), values="0x1, got 0x2", **more):
+    return record(name, "mismatch", summary=f"{differs[0]}: expected {values}", **more) | {"differs": list(differs)}
+
+
+def test_a_flaky_case_is_excused_for_what_base_has_shown_whatever_the_values():
+    base = Recording.of_twice({"a": record("a")}, {"a": bad()})
+    assert base.changes({"a": bad(values="0x7, got 0x9")}) == []
+    assert base.after({"a": bad(values="0x7, got 0x9")}).failures() == {}
+
+
+@pytest.mark.parametrize("after", [
+    bad(differs=("rax", "rcx")), bad(differs=("exit",)), record("a", "splat", summary="WARNING: at f"),
+    record("a", "suspect", summary="s"), record("a", "known", summary="row: rax"),
+])  # fmt: skip
+def test_a_flaky_case_is_not_excused_for_what_base_never_showed(after):
+    base = Recording.of_twice({"a": record("a")}, {"a": bad()})
+    (found,) = base.changes({"a": after})
+    assert found.fails
+
+
+def test_a_failure_that_base_never_showed_stays_in_the_list_of_failures():
+    base = Recording.of_twice({"a": record("a")}, {"a": record("a", allowed=5)})
+    assert list(base.after({"a": bad()}).failures()) == ["a"]
+    base.quarantine({"a": bad()})
+    assert base.after({"a": bad()}).failures() == {}
+
+
+def test_another_exit_is_another_kind():
+    base = Recording.of_twice({"a": record("a")}, {"a": bad(differs=("exit",), values="hlt, got io 0x10")})
+    assert base.changes({"a": bad(differs=("exit",), values="hlt, got io 0x20")}) == []
+    assert base.changes({"a": bad(differs=("exit",), values="hlt, got shutdown")})
+
+
+def test_a_case_that_was_lost_once_is_not_flaky():
+    lost, agrees = record("a", "lost", summary="the emulator died"), record("a", allowed=3)
+    for first, second in ((lost, agrees), (agrees, lost)):
+        base = Recording.of_twice({"a": first}, {"a": second})
+        assert base.flaky == {}
+        assert base.records == {"a": agrees}
+        assert base.changes({"a": agrees}) == []
+
+
+def test_a_case_that_base_lost_has_no_yardstick_but_the_model():
+    base = recording(record("a", "lost", summary="the emulator died"))
+    assert base.changes({"a": record("a", allowed=3)}) == []
+    (found,) = base.changes({"a": bad()})
+    assert found.fails
 
 
 def test_what_diverges_now_and_then_is_no_change(monkeypatch):
@@ -91,6 +140,14 @@ def test_what_diverges_now_and_then_is_no_change(monkeypatch):
     assert Recording.of_twice({shows["case"]: record()}, {shows["case"]: shows}).flaky == {}
     (found,) = changes(record(), record(verdict="known", summary="another: memory 0x1efd8"))
     assert found.verdict is Verdict.REGRESSED
+
+
+@pytest.mark.parametrize("verdict", ["mismatch", "splat", "unsupported", "suspect"])
+def test_what_diverges_now_and_then_is_excused_for_that_only(monkeypatch, verdict):
+    monkeypatch.setattr(behaviour, "_now_and_then", lambda: frozenset({"past-int"}))
+    shows = record(verdict="known", summary="past-int: memory 0x1efd8")
+    (found,) = changes(shows, record(verdict=verdict, summary="rax: expected 0x1, got 0x2"))
+    assert found.fails
 
 
 def test_a_third_run_of_base_can_quarantine_too():

@@ -141,10 +141,15 @@ def test_other_behaviour_is_told_and_counts_against_no_functional_change(tree, o
     assert report.status == 1
 
 
-def test_flaky_on_base_is_quarantined_by_name(tree, out):
+def flaky(tree, *does):
+    """A series of one patch that ``does`` things, on a BASE whose first Case is flaky."""
     tree.commit("flaky base", code(f"shakes {CASES[0]}"))
     tree.git("tag", "--force", "base")
-    tree.commit("fails there", code(f"shakes {CASES[0]}", f"fails {CASES[0]}"))
+    tree.commit("patch", code(f"shakes {CASES[0]}", *does, mov="return x + 1;"))
+
+
+def test_flaky_on_base_is_quarantined_by_name(tree, out):
+    flaky(tree, f"allows {CASES[0]}")
     report = validate(tree, out, Elsewhere())
     assert outcomes(report) == [Outcome.GOOD]
     assert list(report.quarantined["svm"]) == [CASES[0]]
@@ -152,15 +157,99 @@ def test_flaky_on_base_is_quarantined_by_name(tree, out):
     assert f"quarantined in svm, since BASE did not show the same twice:\n  {CASES[0]}" in text
 
 
-def test_what_is_not_seen_again_is_no_verdict_but_is_told(tree, out):
+@pytest.mark.parametrize(("does", "verdict"), [("fails", Verdict.MISMATCH), ("warns in", Verdict.SPLAT)])
+def test_what_is_flaky_on_base_is_excused_for_what_base_has_shown_only(tree, out, does, verdict):
+    flaky(tree, f"{does} {CASES[0]}")
+    tree.commit("innocent", code(f"shakes {CASES[0]}", f"{does} {CASES[0]}", mov="return x + 2;"))
+    report = validate(tree, out, Elsewhere(), configs=("svm",))
+    assert outcomes(report) == [Outcome.BAD, Outcome.GOOD]
+    assert [c.verdict for c in report.patches[0].cells[0].failures] == [verdict]
+    assert report.patches[1].inherited == {1: 1}
+
+
+def test_what_base_has_shown_of_a_flaky_case_is_excused(tree, out):
+    tree.commit("patch", code(mov="return x + 1;"))
+    there = Elsewhere(odd={CASES[0]: {1, 2}}, odd_base={CASES[0]: {2}})
+    report = validate(tree, out, there, configs=("svm",))
+    assert outcomes(report) == [Outcome.GOOD]
+    assert report.base_failures == {}
+    assert report.patches[0].cells[0].quarantined == (CASES[0],)
+
+
+def test_a_failure_that_is_not_seen_again_is_neither_good_nor_bad(tree, out):
+    tree.commit("innocent?", code(mov="return x + 1;"))
+    there = Elsewhere(odd={CASES[0]: {1}})
+    report = validate(tree, out, there, configs=("svm",))
+    assert outcomes(report) == [Outcome.LOST]
+    assert report.status == 4
+    again = [j for j in there.jobs if j.options.only]
+    assert [j.options.only for j in again] == [{CASES[0]}] * 18  # once and eight times, on either kernel
+    told = f"unsteady: {CASES[0]} failed once, not in 9 more runs; BASE never"
+    assert report.patches[0].cells[0].problem == told
+    assert told in (out / "report.txt").read_text()
+
+
+@pytest.mark.parametrize("later", [{3}, {5, 7}, {10}])
+def test_a_failure_that_comes_and_goes_is_its_patchs(tree, out, later):
+    tree.commit("bug", code(mov="return x + 1;"))
+    tree.commit("innocent", code(mov="return x + 2;"))
+    tree.commit("innocent too", code(mov="return x + 3;"))
+    report = validate(tree, out, Elsewhere(odd={CASES[0]: {1, 12} | later}), configs=("svm",))
+    assert outcomes(report) == [Outcome.BAD, Outcome.GOOD, Outcome.GOOD]
+    assert [p.inherited for p in report.patches] == [{}, {1: 1}, {1: 1}]
+    (change,) = report.patches[0].cells[0].failures
+    assert change.after["summary"] == "rsi: expected 0x1, got 0x3"
+
+
+def test_a_failure_that_base_shows_too_when_asked_often_is_bases(tree, out):
     tree.commit("innocent", code(mov="return x + 1;"))
-    there = Elsewhere(odd=[CASES[0]])
-    report = validate(tree, out, there)
+    there = Elsewhere(odd={CASES[0]: {1, 4}}, odd_base={CASES[0]: {7}})
+    report = validate(tree, out, there, configs=("svm",))
+    assert outcomes(report) == [Outcome.GOOD]
+    assert list(report.quarantined["svm"]) == [CASES[0]]
+
+
+def test_other_behaviour_that_is_not_seen_again_is_no_verdict_but_is_told(tree, out):
+    class Shaken(Elsewhere):
+        def _run(self, job):
+            super()._run(job)
+            if job.folder.parent.name == "0001":  # the first run of the patch
+                journal = job.folder / "journal.jsonl"
+                journal.write_text(journal.read_text().replace(f'"{CASES[0]}"', f'"{CASES[0]}", "allowed": 5'))
+
+    tree.commit("innocent", code(mov="return x + 1;"))
+    report = validate(tree, out, Shaken(), configs=("svm",))
     assert outcomes(report) == [Outcome.GOOD]
     assert report.patches[0].cells[0].quarantined == (CASES[0],)
-    again = [j for j in there.jobs if j.options.only]
-    assert [j.options.only for j in again] == [{CASES[0]}, {CASES[0]}]
     assert CASES[0] in (out / "report.txt").read_text()
+
+
+def test_a_case_that_kills_its_machine_every_time_is_never_good(tree, out):
+    tree.commit("kills", code(f"dies of {CASES[1]}"))
+    tree.commit("fix", code(mov="return x + 1;"))
+    report = validate(tree, out, Elsewhere(), configs=("svm",))
+    assert outcomes(report) == [Outcome.LOST, Outcome.GOOD]
+    assert report.status == 4
+    assert report.patches[0].cells[0].problem == f"1 Case lost: {CASES[1]}"
+    assert f"lost: 1 Case lost: {CASES[1]}" in (out / "report.txt").read_text()
+
+
+def test_what_base_loses_too_is_nobodys(tree, out):
+    tree.commit("base dies of it", code(f"dies of {CASES[1]}"))
+    tree.git("tag", "--force", "base")
+    tree.commit("still lost", code(f"dies of {CASES[1]}", mov="return x + 1;"))
+    tree.commit("runs now\n\nNo functional change.", code(mov="return x + 2;"))
+    report = validate(tree, out, Elsewhere(), configs=("svm",))
+    assert outcomes(report) == [Outcome.GOOD, Outcome.GOOD]
+
+
+def test_a_case_that_base_lost_once_is_judged_like_any_other(tree, out):
+    tree.commit("unlucky base", code(f"dies once of {CASES[1]}"))
+    tree.git("tag", "--force", "base")
+    tree.commit("bug", code(f"fails {CASES[1]}"))
+    report = validate(tree, out, Elsewhere(), configs=("svm",))
+    assert report.quarantined == {}
+    assert outcomes(report) == [Outcome.BAD]
 
 
 def test_a_kernel_that_panics_at_boot_is_bad(tree, out):
