@@ -25,10 +25,11 @@ from elftools.elf.elffile import ELFFile
 from harness.lab import wire
 from harness.lab.boot import CONSOLE_LOG, Boot
 from harness.lab.cache import Progress, quiet
+from harness.lab.conversation import GREETING_LIMIT
 from harness.lab.errors import LabError, LabInputError, LostError
 from harness.lab.hardware import Emulator
 from harness.lab.image import payload
-from harness.lab.session import GREETING_LIMIT, Cell
+from harness.lab.session import Cell
 from harness.lab.splat import find_splats
 from harness.selection import matcher
 

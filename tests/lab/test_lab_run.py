@@ -368,7 +368,7 @@ def test_a_runner_that_is_killed_costs_a_machine_and_no_verdict(cell, plan, prof
 
 
 def test_a_kernel_that_falls_silent_once_is_asked_again(cell, plan, profile, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.lab.session.SILENCE_LIMIT", 10.0)
+    monkeypatch.setattr("harness.lab.conversation.SILENCE_LIMIT", 10.0)
     with_start(monkeypatch, "kill -STOP $agent", once=True)
     results = run(cell, plan, profile, tmp_path, 600, cold=True)
     assert [r.name for r in results] == list(plan.names[:600])
@@ -377,7 +377,7 @@ def test_a_kernel_that_falls_silent_once_is_asked_again(cell, plan, profile, tmp
 
 
 def test_a_kernel_that_falls_silent_again_is_bad(cell, plan, profile, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.lab.session.SILENCE_LIMIT", 10.0)
+    monkeypatch.setattr("harness.lab.conversation.SILENCE_LIMIT", 10.0)
     monkeypatch.setattr("harness.lab.session.BOOTS", 2)
     begin_with(
         monkeypatch, "agent=$$\n(" + AFTER.replace("300", "0") + "kill -STOP $agent) &\n" + RUNNER.format("exec ")

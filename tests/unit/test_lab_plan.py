@@ -13,10 +13,10 @@ from harness.exits import Halt, Io, Shutdown
 from harness.lab import planner
 from harness.lab.cache import digest_tree
 from harness.lab.configurations import CONFIGURATIONS
+from harness.lab.jobs import jobs
 from harness.lab.plan import PlanReader, read_plan, write_plan
 from harness.lab.planner import smoke
 from harness.lab.profile import load_profile
-from harness.lab.session import jobs
 from harness.lab.sources import ROOT, closure
 from harness.lab.wire import finding_from_json, finding_json
 from harness.lockstep import Difference, compare_registers, lockstep

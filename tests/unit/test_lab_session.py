@@ -10,15 +10,17 @@ from harness.case import Blob, Case, Memory, Run
 from harness.cpuid import CpuidEntry, CpuProfile
 from harness.lab.boot import Ending, How
 from harness.lab.configurations import configuration
+from harness.lab.conversation import Conversation
 from harness.lab.errors import LostError
 from harness.lab.hardware import Emulator
 from harness.lab.image import Image
+from harness.lab.jobs import Job
 from harness.lab.kernel import Kernel
 from harness.lab.plan import read_plan, write_plan
 from harness.lab.profile import load_profile
 from harness.lab.run import Options, run_cell
 from harness.lab.said import Said, of_kvm, slug
-from harness.lab.session import Cell, CellRun, Job, _Machine
+from harness.lab.session import Cell, CellRun
 from harness.lab.splat import find_splats
 from harness.lab.warm import FEATURE
 from harness.modes import CODE_BASE, setup
@@ -88,7 +90,7 @@ def run(tmp_path, results):
 
 @pytest.fixture
 def machine(run, tmp_path):
-    return _Machine(run, tmp_path, "key", None)
+    return Conversation(run, tmp_path, "key", None)
 
 
 def begin(machine, console="", cases=(0, 1)):
