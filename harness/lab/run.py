@@ -37,8 +37,6 @@ from harness.selection import matcher
 from harness.verdict import Verdict, exit_status
 
 CASES_FOLDER: Final = "cases"
-BARE: Final = "bare-machine"
-"""Feature of an emulator that can run Cases by itself."""
 EVEX_OPERANDS: Final = "apx_evex/"
 EGPR_OPERANDS: Final = ("apx/", EVEX_OPERANDS)
 """Cases in which R16-R31 are operands: of what KVM emulates, too. What today's KVM does there stands in the profile."""
@@ -104,10 +102,14 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     """Run one cell; results are in ``folder`` as they come. LabError and JournalError pass through."""
     outcome = CellOutcome(cell.name, folder)
     began = time.monotonic()
-    ours = BARE in cell.emulator.features
-    if not ours:
-        progress(f"{cell.emulator.name} is not the lab's own: KVM is probed, and mismatches may be QEMU's")
-    profile = options.profile or (load_profile(cell.configuration.name, cell.kernel.series) if ours else None)
+    if not cell.emulated:
+        if options.write_profile:
+            raise LabInputError("--write-profile: profiles that are checked in are of the lab's own emulated processor")
+        processor = f"{cell.emulator.name}, {cell.accel}"
+        progress(f"not the lab's own emulated processor ({processor}): KVM is probed, and mismatches may be that one's")
+    profile = options.profile
+    if profile is None and cell.emulated:
+        profile = load_profile(cell.configuration.name, cell.kernel.series)
     if profile is None or options.write_profile:
         progress(f"{cell.name}: asking this kernel's KVM what it can do")
         profile = probe_cell(cell, folder / "probe", progress)
@@ -238,7 +240,7 @@ class _Arbitration:
 
     def __call__(self, case: Case, result: Result) -> Result:
         """``result``, or *suspect* where the bare emulator differs from the model in the same way."""
-        if result.difference is None or BARE not in self._cell.emulator.features:
+        if result.difference is None or not self._cell.emulated:
             return result
         with self._lock:
             if self._bare is None:

@@ -32,6 +32,8 @@ from harness.lockstep import Difference
 from harness.runner import Finding
 from harness.verdict import Verdict
 
+BARE: Final = "bare-machine"
+"""The feature of an emulator that runs a Case by itself, without a kernel."""
 DEADLINE: Final = 7200.0
 """Seconds that all the Cases of a cell may take."""
 BOOTS: Final = 8
@@ -52,6 +54,11 @@ class Cell:
     def name(self) -> str:
         """For people: ``svm × 7.3.4+deb13-cloud-amd64``."""
         return f"{self.configuration.name} × {self.kernel.release}"
+
+    @property
+    def emulated(self) -> bool:
+        """The processor is that of the lab's own emulator: profiles that are checked in, and bare machines, have it."""
+        return self.accel == "tcg" and BARE in self.emulator.features
 
     def spec(self, disks: Sequence[Path]) -> BootSpec:
         """The machine to start; ``disks`` come after the root image."""
