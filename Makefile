@@ -40,9 +40,11 @@ test-nested: $(STAMP) lab-packages
 # Every configuration on every stock kernel, those with APX on a kernel of our own: one table; a journal, JUnit and KTAP
 # for each cell. Before that the emulated processor against the model, a thousand states for every form of instruction.
 nightly: $(STAMP) lab-packages
-	KVM_HARNESS_TEMPLATE_STATES=1000 $(VENV)/bin/python -m pytest -q tests/lab/test_apx_templates.py
-	$(VENV)/bin/kvm-harness lab run --config all --debian 6.1,6.12,7.3 $(ARGS)
-	$(VENV)/bin/python ci/qemu/demo_series.py --out out/demo-series
+	@bad=0; \
+	KVM_HARNESS_TEMPLATE_STATES=1000 $(VENV)/bin/python -m pytest -q tests/lab/test_apx_templates.py || bad=1; \
+	$(VENV)/bin/kvm-harness lab run --config all --debian 6.1,6.12,7.3 $(ARGS) || bad=1; \
+	$(VENV)/bin/python ci/qemu/demo_series.py --out out/demo-series || bad=1; \
+	exit $$bad
 
 # A patch series whose verdicts are known beforehand, through `kvm-harness series`. Compiles a kernel, and six times a part.
 demo-series: $(STAMP) lab-packages
