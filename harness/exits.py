@@ -8,7 +8,10 @@ Source: Documentation/virt/kvm/api.rst, section 5, "The kvm_run structure".
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+_DECIMAL: Final = ("size", "count", "seconds", "suberror")
+_LAST: Final = ("data", "code", "args", "name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,21 @@ class Exit:
         """A JSON object; bytes as hex."""
         body = {k: v.hex() if isinstance(v, bytes) else v for k, v in asdict(self).items()}
         return {"kind": self.kind, **body}
+
+    def __str__(self) -> str:
+        """One line, numbers in hex: ``io write port 0xe9 size 1 count 1 data 41``.
+
+        The C reproducers print and compare the same words: a change here is one in report/c_parts.py.
+        """
+        body = self.to_json()
+        words = [str(body.pop("kind"))]
+        if "write" in body:
+            words.append("write" if body.pop("write") else "read")
+        for name in (n for n in body if n not in _LAST):
+            words += [name, str(body[name]) if name in _DECIMAL else hex(body[name])]
+        for name in (n for n in _LAST if body.get(n)):
+            words += [name, " ".join(map(hex, body[name])) if name == "args" else body[name]]
+        return " ".join(words)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The C text that every reproducer shares; emit_c.py puts the Case between these pieces.
 
-``describe`` prints an exit in the words of ``harness.report.listing.exit_line``.
+``describe`` prints an exit in the words of ``harness.exits.Exit.__str__``.
 """
 
 from __future__ import annotations

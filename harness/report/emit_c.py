@@ -12,10 +12,10 @@ from typing import Final
 
 from harness.case import Action, Case, Complete, Inject, Observation, Run, SaveRestore, SetState, Show, Step, Window
 from harness.exits import Timeout, Unknown
-from harness.lockstep import Difference
+from harness.lockstep import Difference, exit_text
 from harness.report import c_parts
 from harness.report.c_data import comment, memory_c
-from harness.report.listing import exit_line, listing
+from harness.report.listing import listing
 from harness.state import GPR_INDEX, SEGMENT_NAMES, CpuState, Events, Segment, msr_index, pae_paging
 
 _MAX_RUNS: Final = 32
@@ -94,8 +94,8 @@ def _summary(difference: Difference) -> str:
 
 def _words(seen: Observation | None) -> str:
     if seen is not None and isinstance(seen.exit, Unknown):
-        return exit_line(replace(seen.exit, name=""))
-    return exit_line(seen.exit if seen else None)
+        return str(replace(seen.exit, name=""))
+    return exit_text(seen)
 
 
 def _constants(case: Case, difference: Difference | None) -> str:

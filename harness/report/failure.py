@@ -8,13 +8,12 @@ from typing import Final
 
 from harness.case import Case
 from harness.exits import InternalError
-from harness.lockstep import Difference
+from harness.lockstep import Difference, exit_text
 from harness.machine import MemoryDiff
 from harness.report.listing import (
     Insn,
     disassemble,
     exit_address,
-    exit_line,
     linear,
     listing,
     registers_used,
@@ -72,8 +71,8 @@ def _guest(case: Case, difference: Difference) -> list[str]:
 def _exit(case: Case, difference: Difference) -> list[str]:
     action = case.actions[difference.action].kind if difference.action < len(case.actions) else "?"
     where = f"exit {difference.index} (action {difference.action}: {action})"
-    expected = exit_line(difference.expected.exit if difference.expected else None)
-    got = exit_line(difference.got.exit if difference.got else None)
+    expected = exit_text(difference.expected)
+    got = exit_text(difference.got)
     if not difference.exits_differ:
         at = exit_address(difference)
         return _labelled("differs at", f"{where}: {got}" + (f" at {at:#x}" if at is not None else ""))

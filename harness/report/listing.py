@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from harness.case import Case, Observation
-from harness.exits import Exit
 from harness.lockstep import Difference
 from harness.state import CpuState, unpack_sections
 
@@ -40,25 +39,6 @@ class Insn:
 
 
 # --- exits and addresses --------------------------------------------------------------------------------------------
-
-
-def exit_line(exit_: Exit | None) -> str:
-    """An exit in one line, numbers in hex: ``io write port 0xe9 size 1 count 1 data 41``.
-
-    The C reproducers print and compare the same words: a change here is one in c_parts.py.
-    """
-    if exit_ is None:
-        return "no further exit"
-    body = exit_.to_json()
-    words = [body.pop("kind")]
-    if "write" in body:
-        words.append("write" if body.pop("write") else "read")
-    tail = [name for name in ("data", "code", "args", "name") if body.get(name)]
-    for name in (n for n in body if n not in ("data", "code", "args", "name")):
-        words += [name, str(body[name]) if name in ("size", "count", "seconds", "suberror") else hex(body[name])]
-    for name in tail:
-        words += [name, " ".join(map(hex, body[name])) if name == "args" else body[name]]
-    return " ".join(words)
 
 
 def stands_at(seen: Observation | None) -> int | None:

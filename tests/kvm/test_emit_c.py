@@ -28,7 +28,6 @@ from harness.machine import KvmMachine, Recording, record
 from harness.modes import CODE_BASE, DATA_BASE, setup
 from harness.reference.machine import ReferenceMachine
 from harness.report.emit_c import EmitError, emit_c
-from harness.report.listing import exit_line
 from harness.report.reduce import reduced, same_difference
 from harness.state import pack_sections, unpack_sections
 
@@ -162,7 +161,7 @@ def test_c_shows_what_the_harness_saw(machine, profile, tmp_path, name):
     case = case_of(profile, **options)
     seen, found = last_exit_differs_in(machine, case, values)
     done = run_c(tmp_path, emit_c(case, found, HOST))
-    shown = [f"exit {n}: {exit_line(s.exit)}" for n, s in enumerate(seen)]
+    shown = [f"exit {n}: {s.exit}" for n, s in enumerate(seen)]
     wrong = [f"{d.name}: expected {d.expected:#x} got {d.got:#x}" for d in found.registers]
     assert done.stdout.splitlines() == [*shown, *wrong, "DEFECT REPRODUCED"], done.stderr
     assert done.returncode == 1
@@ -174,7 +173,7 @@ def test_a_step_ends_at_its_debug_exit_and_not_at_a_device(machine, profile, tmp
     shown = [seen.exit for step in record(machine, case) for seen in step]
     assert [type(e).__name__ for e in shown] == ["Io", "Debug", "Debug"]
     done = run_c(tmp_path, emit_c(case, None, HOST))
-    assert done.stdout.splitlines() == [f"exit {n}: {exit_line(e)}" for n, e in enumerate(shown)]
+    assert done.stdout.splitlines() == [f"exit {n}: {e}" for n, e in enumerate(shown)]
 
 
 # --- without the RAM that is not needed -----------------------------------------------------------------------------

@@ -9,12 +9,12 @@ from harness import guest
 from harness.case import Blob, Case, Memory, Observation, Run
 from harness.cpuid import CpuProfile
 from harness.exits import Halt, InternalError, Io, Shutdown
-from harness.lockstep import Difference, compare_registers
+from harness.lockstep import Difference, compare_registers, exit_text
 from harness.machine import MemoryDiff
 from harness.modes import CODE_BASE, assembler_constants, setup
 from harness.report.c_data import byte_runs, find_fills
 from harness.report.failure import failure_text
-from harness.report.listing import Insn, disassemble, exit_line, registers_used, source_line
+from harness.report.listing import Insn, disassemble, registers_used, source_line
 from harness.state import pack_sections
 
 HOST = "Linux 6.18.44, kvm_pvm"
@@ -163,9 +163,9 @@ def test_registers_of_the_code_in_any_width():
 
 
 def test_exit_lines():
-    assert exit_line(None) == "no further exit"
-    assert exit_line(Io(0x60, 2, False, b"", 3)) == "io read port 0x60 size 2 count 3"
-    assert exit_line(InternalError(1, b"\x0f\x0b")) == "internal-error suberror 1 code 0f0b"
+    assert exit_text(None) == "no further exit"
+    assert str(Io(0x60, 2, False, b"", 3)) == "io read port 0x60 size 2 count 3"
+    assert str(InternalError(1, b"\x0f\x0b")) == "internal-error suberror 1 code 0f0b"
 
 
 # --- source lines ---------------------------------------------------------------------------------------------------
