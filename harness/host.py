@@ -198,12 +198,18 @@ class Host:
         return out
 
     def _window_missing(self) -> str:
-        """Why KVM does not tell userspace when interrupts are possible, or an empty string."""
-        try:
-            seen = self._run("prot32", b"\xfb\x90\x90\xf4", action=Window())  # sti; nop; nop; hlt
-        except (k.KvmError, LookupError) as error:
-            return str(error)
-        return "" if isinstance(seen[-1].exit, IrqWindow) else f"no interrupt window opens: {seen[-1].exit}"
+        """Why KVM does not tell userspace when interrupts are possible, or an empty string.
+
+        Asked often: a KVM that looks at exits only opens the window when an interrupt of the host's happens to come.
+        """
+        for _ in range(_WINDOWS):
+            try:
+                seen = self._run("prot32", b"\xfb\x90\x90\xf4", action=Window())  # sti; nop; nop; hlt
+            except (k.KvmError, LookupError) as error:
+                return str(error)
+            if not isinstance(seen[-1].exit, IrqWindow):
+                return f"no interrupt window opens: {seen[-1].exit}"
+        return ""
 
     def _hypercall_missing(self) -> str:
         """Why hypercalls cannot be tried here, or an empty string."""
@@ -417,6 +423,7 @@ def faulting_code(case: Case, seen: Observation | None, read: Callable[[int, int
     return read(int.from_bytes(frame, "little") + case.start.cs.base & ~HIGH, 15)
 
 
+_WINDOWS: Final = 32
 _FRAME: Final = ("rsp", "ss.", "ds.", "es.", "fs.", "gs.")
 """What an exception's delivery of the wrong form gets wrong: the stack, and the segments that leaving vm86 clears."""
 
