@@ -72,7 +72,10 @@ def _qemu(spec: BootSpec, ends: Mapping[str, int]) -> list[str]:
     words = [str(spec.emulator.binary), "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     if spec.emulator.firmware is not None:
         words += ["-L", str(spec.emulator.firmware)]
-    words += ["-machine", "pc,usb=off", "-accel", spec.accel, "-cpu", spec.cpu]
+    # A store that changes code invalidates translations before it happens: another thread may translate the old bytes
+    # in between, and run them from then on. Linux patches itself (text_poke()), and dies of an INT3 that is gone.
+    accel = "tcg,thread=single" if spec.accel == "tcg" and spec.smp > 1 else spec.accel
+    words += ["-machine", "pc,usb=off", "-accel", accel, "-cpu", spec.cpu]
     words += ["-smp", str(spec.smp), "-m", f"{spec.memory}M", "-nic", "none", "-vga", "none"]
     words += ["-chardev", f"socket,id=qmp,fd={ends[QMP]}", "-mon", "chardev=qmp,mode=control"]
     for i, name in enumerate((CONSOLE, *spec.serials)):

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -62,6 +63,12 @@ def test_every_stream_has_its_descriptor(spec):
     assert "id=serial1,fd=5" in text
     assert "id=channel0,fd=6 -device virtserialport,chardev=channel0,name=kvm-harness.results" in text
     assert "id=qmp,fd=4 -mon chardev=qmp,mode=control" in text
+
+
+@pytest.mark.parametrize(("smp", "accel"), [(1, "tcg"), (2, "tcg,thread=single")])
+def test_several_emulated_processors_take_turns(spec, smp, accel):
+    words = command_line(replace(spec(), smp=smp), {"console": 3, "qmp": 4})
+    assert words[words.index("-accel") + 1] == accel
 
 
 def test_kernel_parameters_are_one_word(spec):

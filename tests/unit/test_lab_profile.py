@@ -30,7 +30,7 @@ CASE = Case(NAME, Memory(()), CpuState(), CpuProfile(()))
 
 def cell(cpuid=APX, **more):
     nothing = {k: {} for k in ("parameters", "capabilities", "modes", "delivery", "traits", "single_step")}
-    return Profile(cell="apx", module="kvm_amd", vendor="AuthenticAMD", cpuid=cpuid, **nothing, **more)
+    return Profile(cell="apx", module="kvm_amd", vendor="AuthenticAMD", cpuid=cpuid, **nothing | more)
 
 
 def xcr0(profile, bits):
@@ -190,3 +190,10 @@ def test_the_instruction_that_kvm_would_not_emulate_is_named(high):
     seen = [Observation(Halt(), pack_sections(s, ("regs", "sregs"))) for s in (start, refused)]
     found = Difference(0, 0, *seen)
     assert refused_instruction(case, found, lambda at, size: ram[at][:size]) == "0f 01 /7 in long"
+
+
+def test_a_capability_of_the_other_vendor_is_no_loss():
+    had = cell(capabilities={"KVM_CAP_SGX_ATTRIBUTE": 1, "KVM_CAP_SYNC_REGS": 7})
+    assert had.lost(replace(had, capabilities={"KVM_CAP_SYNC_REGS": 7})) == []
+    intel = replace(had, module="kvm_intel")
+    assert intel.lost(replace(intel, capabilities={"KVM_CAP_SYNC_REGS": 7})) == ["capability KVM_CAP_SGX_ATTRIBUTE"]
