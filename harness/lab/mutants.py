@@ -143,13 +143,13 @@ class Control:
         if outcome.problem:
             raise LabError(f"the unmodified kernel cannot be asked: {outcome.problem}")
         lost = {r["case"] for r in outcome.records if Verdict(r["verdict"]) is Verdict.LOST}
-        fails = {r["case"] for r in outcome.records if Verdict(r["verdict"]).status == 1}
+        fails = {r["case"] for r in outcome.records if _is_wrong(r)}
         bad = {r["case"]: r["summary"] for r in outcome.records if r["case"] in fails | lost}
         self.bad = {name: said for name, said in self.bad.items() if name not in missing} | bad
         self._seen |= missing - lost  # those are asked again the next time
         write_json(self._folder / "control.json", {"key": self.key, "seen": sorted(self._seen), "bad": self.bad})
         if self.bad:
-            self._progress(f"control: {len(self.bad)} Cases fail on the unmodified kernel: they prove nothing")
+            self._progress(f"control: {len(self.bad)} Cases are wrong on the unmodified kernel: they prove nothing")
 
 
 class Campaign:
@@ -324,8 +324,13 @@ def _options(names: frozenset[str], profile: Profile, *, fail_fast: bool = False
 
 def _first_bad(outcome: CellOutcome, control: Control) -> Mapping[str, Any] | None:
     """The first record that fails, and did not on the unmodified kernel."""
-    bad = (r for r in outcome.records if Verdict(r["verdict"]).status == 1 and r["case"] not in control.bad)
-    return next(bad, None)
+    return next((r for r in outcome.records if _is_wrong(r) and r["case"] not in control.bad), None)
+
+
+def _is_wrong(record: Mapping[str, Any]) -> bool:
+    """It fails; or is suspect: what the emulator does by itself, it does under the unmodified kernel too."""
+    verdict = Verdict(record["verdict"])
+    return verdict.status == 1 or verdict is Verdict.SUSPECT
 
 
 def _lost(outcome: CellOutcome) -> str:

@@ -165,6 +165,8 @@ def test_what_the_unmodified_kernel_shows_catches_nothing(tmp_path):
     quiet = [record("a", Verdict.AGREE), record("b", Verdict.KNOWN), record("c", Verdict.UNSUPPORTED)]
     assert _first_bad(CellOutcome("svm", tmp_path, [*quiet, *bad]), _Control) == bad[1]
     assert _first_bad(CellOutcome("svm", tmp_path, [*quiet, bad[0]]), _Control) is None
+    suspect = record("gpr/right_before@long#0", Verdict.SUSPECT)
+    assert _first_bad(CellOutcome("svm", tmp_path, [*quiet, suspect]), _Control) == suspect
 
 
 # --- a campaign whose cells leave the records that they are told to
