@@ -350,8 +350,10 @@ class Case:
                     for start, rows in body.get("others", ())
                 ),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise CaseError(f"damaged case file: {error!r}") from error
+        except KeyError as error:
+            raise CaseError(f"damaged case file: there is no {error}") from error
+        except (TypeError, ValueError) as error:
+            raise CaseError(f"damaged case file: {error}") from error
         if "id" in body and body["id"] != case.id:
             raise CaseError(f"case file says id {body['id']} but its content hashes to {case.id}: it was edited")
         return case
@@ -362,9 +364,9 @@ def load_case(path: Path) -> Case:
     try:
         body = json.loads(path.read_text())
     except OSError as error:
-        raise CaseError(f"{path}: {error.strerror}") from error
+        raise CaseError(f"{path}: {error.strerror}: give a file from the cases/ of a run's folder") from error
     except ValueError as error:
-        raise CaseError(f"{path}: not JSON ({error})") from error
+        raise CaseError(f"{path}: no case file (not JSON): give one from the cases/ of a run's folder") from error
     try:
         return Case.from_json(body)
     except CaseError as error:

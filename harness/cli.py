@@ -377,7 +377,10 @@ def _report(args: argparse.Namespace) -> int:
     else:
         for name in args.format:
             path = run.folder / FORMATS[name]
-            path.write_text(_view(run, name), encoding="utf-8")
+            try:
+                path.write_text(_view(run, name), encoding="utf-8")
+            except PermissionError as error:
+                return fail(f"{path}: {error.strerror}: ask for one format alone, which is printed", BAD_INPUT)
             print(path)
     sys.stdout.flush()  # before what is said on stderr
     for line in run.incomplete_because():

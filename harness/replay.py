@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,13 +44,15 @@ def find_case(text: str, host: Host) -> Found:
     for kept in sorted(OUT.glob(f"**/{CASES_FOLDER}/{text}*.json")) if len(text) >= _SHORTEST_ID else ():
         return Found(load_case(kept), str(kept))
     suite = all_cases(host.profile)
-    found = [c for c in suite if c.name == text]
+    # As in KTAP, where '#' begins a directive; or without the number, for the first of a kind.
+    names = {text, f"{text}#0", re.sub(r"\.(\d+)$", r"#\1", text)}
+    found = [c for c in suite if c.name in names]
     if not found and len(text) >= _SHORTEST_ID:
         found = [c for c in suite if c.id.startswith(text)]
     if not found:
         raise CaseError(
-            f"no Case with id or name {text!r} on this host; journal.jsonl in a run's folder has the names of all, "
-            f"{CASES_FOLDER}/ beside it the files of those that failed"
+            f"no file, and no Case with id or name {text!r} on this host; journal.jsonl in a run's folder has the "
+            f"names of all, {CASES_FOLDER}/ beside it the files of those that failed"
         )
     return Found(found[0], found[0].name)
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from harness.journal import RunResults
 from harness.report.views import Record, counts_text, title_lines, verdict_of
-from harness.verdict import Verdict
+from harness.verdict import BAD_INPUT, Verdict
 
 _MOST: Final = 40  # lines of one kind
 _NAMES: Final = 5  # names after a count
@@ -39,9 +39,11 @@ class Comparison:
 
     @property
     def status(self) -> int:
-        """Exit status: 1 when something got worse, 4 when one of the runs is not whole, else 0."""
+        """Exit status: 1 when something got worse, 4 when a run is not whole, 2 with no Case in both, else 0."""
         if self.worse:
             return Verdict.MISMATCH.status
+        if self.a.complete and self.b.complete and not self.changed and not self.same:
+            return BAD_INPUT
         return 0 if self.a.complete and self.b.complete else Verdict.LOST.status
 
 
@@ -82,6 +84,8 @@ def comparison_text(found: Comparison) -> str:
             f"{len(found.otherwise)} cases behave otherwise where the model allows it (undefined flags, batched I/O): "
             f"{_names(found.otherwise)}"
         )
+    if not found.changed and not found.same:
+        out.append("nothing to compare: no case is in both; give two runs with the same -k, or without")
     out.append(f"{len(found.changed)} verdicts changed, {found.same} are the same")
     return "\n".join(out) + "\n"
 

@@ -219,6 +219,12 @@ def test_equal_runs_compare_equal(whole):
     assert found.status == 0
 
 
+def test_two_runs_without_a_case_in_common_are_no_comparison():
+    found = compare_runs(run_of(record("a", "agree")), run_of(record("b", "agree")))
+    assert found.status == 2
+    assert "no case is in both" in comparison_text(found)
+
+
 @pytest.mark.parametrize("verdict", ["mismatch", "splat", "unsupported", "known", "lost"])
 def test_what_agreed_and_no_longer_does_is_status_1(verdict):
     found = compare_runs(run_of(RECORDS[0]), run_of({**RECORDS[0], "verdict": verdict, "summary": "why"}))
