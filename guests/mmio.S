@@ -203,6 +203,13 @@ mov $(MMIO_OFF+0x400), pdi
 cld
 scas\s
 fin
+test repe_scas_\s
+mmio_es
+mov $(MMIO_OFF+0x400), pdi
+cld
+mov $5, pc
+repe scas\s
+fin
 .endm
 .macro t_w_op op, s, a, c
 test \op\()_mr_\s
