@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 from types import SimpleNamespace
 
 import pytest
@@ -154,7 +155,7 @@ def test_exit_status(fates, status):
 
 
 class _Control:
-    bad = {"gpr/known@long#0": "rax"}  # noqa: RUF012
+    bad: ClassVar = {"gpr/known@long#0": "rax"}
 
 
 def test_what_the_unmodified_kernel_shows_catches_nothing(tmp_path):
