@@ -18,7 +18,7 @@ run: $(STAMP)
 	    sh ci/packages.sh lab && $(VENV)/bin/kvm-harness lab run --tier smoke $(ARGS); \
 	fi
 
-test: $(STAMP) check
+test: $(STAMP) lab-packages check
 	@$(VENV)/bin/python -m pytest tests/unit
 	@if $(USABLE_KVM); then \
 	    $(VENV)/bin/python -m pytest -n 2 tests/kvm; \

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages the harness needs, if any is missing and we are root; else says which.
 #   sh ci/packages.sh         to run the harness
-#   sh ci/packages.sh lab     also to build the lab: its QEMU, its images
+#   sh ci/packages.sh lab     also to build the lab (its QEMU, its images, kernels), and for the project's own tests
 set -eu
 packages="python3 python3-venv binutils gcc libc6-dev"
 case "${1-}" in
@@ -12,7 +12,7 @@ lab)
     # images (ci/qemu/)
     packages="$packages mmdebstrap squashfs-tools cpio zstd kmod"
     # kernels of the lab's own (harness/lab/kbuild.py)
-    packages="$packages flex bison bc libelf-dev lz4"
+    packages="$packages git flex bison bc libelf-dev lz4"
     ;;
 *)
     echo "usage: sh ci/packages.sh [lab]" >&2
@@ -29,6 +29,8 @@ if [ "$(id -u)" -ne 0 ]; then
     exit 2
 fi
 export DEBIAN_FRONTEND=noninteractive
+echo "installing Debian packages:$missing"
 apt-get update -qq
+# What it says on the way is of no use to anybody; errors are on stderr.
 # shellcheck disable=SC2086 -- a list of words
-apt-get install -qq -y --no-install-recommends $missing
+apt-get install -qq -y --no-install-recommends -o Dpkg::Use-Pty=0 $missing >/dev/null
