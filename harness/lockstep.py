@@ -12,6 +12,7 @@ from harness.case import Case, Observation
 from harness.exits import Exit, Io
 from harness.machine import ComparableMachine, Machine, MemoryDiff
 from harness.state import FieldDiff, diff, pack_sections, unpack_sections
+from harness.words import counted
 
 _VM: Final = 1 << 17
 _RFLAGS_AT: Final = 136  # in struct kvm_regs, its last field
@@ -49,7 +50,7 @@ class Difference:
         if self.exits_differ:
             return f"exit: expected {exit_text(self.expected)}, got {exit_text(self.got)}"
         if self.registers:
-            more = f" (+{len(self.registers) - 1} more registers)" if len(self.registers) > 1 else ""
+            more = f" (+{counted(len(self.registers) - 1, 'more register')})" if len(self.registers) > 1 else ""
             return f"{self.registers[0]}{more}"
         return str(self.memory[0]) if self.memory else "?"
 

@@ -21,6 +21,7 @@ from typing import Final
 from harness.lab import cache, debian
 from harness.lab.cache import Progress, cached, digest
 from harness.lab.errors import LabError, LabInputError
+from harness.words import counted
 
 SUITE: Final = "bookworm"
 PYTHON: Final = "cpython-311"
@@ -98,7 +99,7 @@ def payload(files: Mapping[str, Path | bytes], progress: Progress = cache.quiet)
     key = digest(_VERSION, *(p for path, (data, x) in sorted(contents.items()) for p in (str(path), data, str(x))))
 
     def make(folder: Path) -> None:
-        progress(f"packing a payload of {len(contents)} files")
+        progress(f"packing a payload of {counted(len(contents), 'file')}")
         tree = folder / "tree"
         for path, (data, executable) in contents.items():
             target = tree / path

@@ -28,6 +28,7 @@ from harness.lab.edits import Edit, Edited
 from harness.lab.errors import LabError, LabInputError
 from harness.lab.kernel import Kernel
 from harness.lab.ksource import PrivateCopy, private_copy, release_of
+from harness.words import counted
 
 Variant = Literal["default", "debug"]
 
@@ -317,7 +318,8 @@ class Workspace:
             compiled += line.startswith(b"  CC ") or line.startswith(b"  AS ")
             if time.monotonic() - told >= _PROGRESS_EVERY:
                 told = time.monotonic()
-                self.progress(f"{self.copy.tree.name}: building {' '.join(targets)}: {compiled} files compiled")
+                so_far = f"{counted(compiled, 'file')} compiled"
+                self.progress(f"{self.copy.tree.name}: building {' '.join(targets)}: {so_far}")
         process.wait()
 
     def _failed(self, said: str) -> None:

@@ -18,6 +18,7 @@ from harness.lab.kbuild import BuildError
 from harness.lab.mutants import Campaign, Kernels, alone, read_json, write_json
 from harness.lab.peers import Peers, PeerTest
 from harness.lab.session import Cell
+from harness.words import counted
 
 LONGEST: Final = 20.0
 """Seconds that a test may take on the unmodified kernel: what runs for minutes is left out."""
@@ -72,7 +73,7 @@ class PeerTrial:
 def passing(suites: Suites, cell: Cell, folder: Path, progress: Progress) -> list[list[str]]:
     """[suite, name] of the tests that an unmodified kernel passes within LONGEST, the quickest first. LostError."""
     peers = suites.peers(cell, folder, progress)
-    progress(f"control: {len(peers)} tests of upstream's on the unmodified kernel, {cell.name}")
+    progress(f"control: {counted(len(peers), 'test')} of upstream's on the unmodified kernel, {cell.name}")
     good = [r for r in peers.run() if r.outcome == "pass" and r.seconds <= LONGEST]
     return [[r.test.suite, r.test.name] for r in sorted(good, key=lambda r: r.seconds)]
 
@@ -95,7 +96,7 @@ def try_peers(
                     return PeerTrial(name, where, result.test.name, result.outcome, said, tests, seconds)
         except LostError as error:
             return PeerTrial(name, where, tests=tests, seconds=seconds, problem=str(error))
-        progress(f"{name}: {len(names)} tests of upstream's pass in {where}")
+        progress(f"{name}: {counted(len(names), 'test')} of upstream's passed in {where}")
     return PeerTrial(name, tests=tests, seconds=seconds)
 
 

@@ -9,6 +9,7 @@ from harness.lab.edits import Edit
 from harness.lab.mutant_peers import PeerTrial
 from harness.lab.mutants import Fate, Trial, write_json
 from harness.lab.run import table
+from harness.words import counted
 
 
 def trial_line(trial: Trial) -> str:
@@ -60,7 +61,7 @@ def peer_line(trial: PeerTrial) -> str:
     if trial.problem:
         return f"{trial.name}: upstream's tests: lost: {trial.problem}"
     if not trial.test:
-        return f"{trial.name}: {trial.tests} tests of upstream's see nothing ({trial.seconds:.0f} s)"
+        return f"{trial.name}: {counted(trial.tests, 'test')} of upstream's saw nothing ({trial.seconds:.0f} s)"
     return f"{trial.name}: {trial.test} of upstream's sees it in {trial.configuration}: {trial.outcome}"
 
 

@@ -32,6 +32,7 @@ from harness.lab.image import payload
 from harness.lab.session import Cell
 from harness.lab.splat import find_splats
 from harness.selection import matcher
+from harness.words import counted
 
 SELFTESTS: Final = "selftests"
 UNIT_TESTS: Final = "unit-tests"
@@ -354,7 +355,7 @@ def table(results: Sequence[PeerResult]) -> list[str]:
     width = max((len(r.test.name) for r in results), default=0)
     lines = [f"{'suite':<11} {'test':<{width}}  result   time     what else"]
     for r in results:
-        checks = "" if not any(r.checks) else f"{r.checks[0]} of {r.checks[0] + r.checks[1]} checks pass"
+        checks = "" if not any(r.checks) else f"{r.checks[0]} of {counted(sum(r.checks[:2]), 'check')} pass"
         told = r.known or (_last_words(r.said) if r.outcome != "pass" else "")
         row = f"{r.test.suite:<11} {r.test.name:<{width}}  {r.outcome:<8} {r.seconds:5.1f} s  "
         lines.append((row + "; ".join(t for t in (checks, told) if t)).rstrip())
@@ -367,9 +368,9 @@ def table(results: Sequence[PeerResult]) -> list[str]:
         known = sum(bool(r.known) for r in mine)
         total = sum(sum(r.checks) for r in mine)
         lines.append(
-            f"{suite}: {len(mine)} tests in {sum(r.seconds for r in mine):.0f} s: {told}"
+            f"{suite}: {counted(len(mine), 'test')} in {sum(r.seconds for r in mine):.0f} s: {told}"
             + (f" ({known} of them expected: {FILE.name})" if known else "")
-            + (f"; {total} checks" if total else "")
+            + (f"; {counted(total, 'check')}" if total else "")
         )
     return lines
 

@@ -35,6 +35,7 @@ from harness.report.ktap import ktap_report
 from harness.report.text import summary_lines
 from harness.selection import matcher
 from harness.verdict import Verdict, exit_status
+from harness.words import counted
 
 CASES_FOLDER: Final = "cases"
 EVEX_OPERANDS: Final = "apx_evex/"
@@ -305,9 +306,9 @@ class StatusLine:
         self._last = now
         tally = run.tally
         if tally.done:
-            text = f"{tally.done}/{tally.total} cases, {tally.rate:,.0f} checks/s, {tally.bad} bad"
+            text = f"{tally.done}/{counted(tally.total, 'case')}, {tally.rate:,.0f} checks/s, {tally.bad} bad"
         else:
-            text = f"booting {tally.boots} of {run.machines} machines"
+            text = f"booting {tally.boots} of {counted(run.machines, 'machine')}"
         text = f"{self._cell}: {text}, {now - tally.began:.0f} s"
         self._stream.write(f"\r\x1b[K{text}" if self._tty else f"{text}\n")
         self._stream.flush()

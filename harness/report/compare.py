@@ -10,6 +10,7 @@ from typing import Final
 from harness.journal import RunResults
 from harness.report.views import Record, counts_text, title_lines, verdict_of
 from harness.verdict import BAD_INPUT, Verdict
+from harness.words import counted
 
 _MOST: Final = 40  # lines of one kind
 _NAMES: Final = 5  # names after a count
@@ -76,22 +77,23 @@ def comparison_text(found: Comparison) -> str:
     out += _changes(found)
     for name, records in (("A", found.only_a), ("B", found.only_b)):
         if records:
-            out.append(f"only in {name}: {len(records)} cases ({counts_text(records)}): {_names(records)}")
+            out.append(f"only in {name}: {counted(len(records), 'case')} ({counts_text(records)}): {_names(records)}")
     if found.rewritten:
-        out.append(f"{found.rewritten} cases have the same name but not the same content: another CPUID or harness")
+        many = counted(found.rewritten, "case has", "cases have")
+        out.append(f"{many} the same name but not the same content: another CPUID or harness")
     if found.otherwise:
+        many = counted(len(found.otherwise), "case behaves", "cases behave")
         out.append(
-            f"{len(found.otherwise)} cases behave otherwise where the model allows it (undefined flags, batched I/O): "
-            f"{_names(found.otherwise)}"
+            f"{many} otherwise where the model allows it (undefined flags, batched I/O): {_names(found.otherwise)}"
         )
     if not found.changed and not found.same:
         out.append("nothing to compare: no case is in both; give two runs with the same -k, or without")
-    out.append(f"{len(found.changed)} verdicts changed, {found.same} are the same")
+    out.append(f"{counted(len(found.changed), 'verdict')} changed, {counted(found.same, 'is', 'are')} the same")
     return "\n".join(out) + "\n"
 
 
 def _head(run: RunResults) -> Iterator[str]:
-    yield f"{run.folder}: {len(run.records)} cases: {counts_text(run.records)}"
+    yield f"{run.folder}: {counted(len(run.records), 'case')}: {counts_text(run.records)}"
     yield from (f"  {line}" for line in title_lines(run))
 
 
@@ -101,7 +103,7 @@ def _changes(found: Comparison) -> Iterator[str]:
     order = list(Verdict)
     for before, after in sorted(kinds, key=lambda k: (k[0] is not Verdict.AGREE, order.index(k[1]))):
         pairs = [(x, y) for x, y in found.changed if (verdict_of(x), verdict_of(y)) == (before, after)]
-        yield f"{before.value} -> {after.value}: {len(pairs)} cases"
+        yield f"{before.value} -> {after.value}: {counted(len(pairs), 'case')}"
         lines = list(_limits(pairs) if after is Verdict.UNSUPPORTED else _one_by_one(pairs))
         yield from (f"  {line}" for line in lines[:_MOST])
         if len(lines) > _MOST:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Final, TextIO
 
 from harness.verdict import Verdict
+from harness.words import counted
 
 _EVERY: Final = 0.1  # seconds between two updates of the line
 _TENTHS: Final = 10
@@ -75,9 +76,11 @@ class Progress:
         """The state in words: ``2784/27833 cases, 10%, 3012/s, 0 mismatches, 4 s``."""
         seconds = self._clock() - self._began
         wrong = sum(self._found[v] for v in _WRONG)
-        share = f"/{self._total} cases, {100 * self._done // self._total}%" if self._total else " cases"
-        words = [f"{self._done}{share}", f"{self._done / max(seconds, 0.001):.0f}/s"]
-        words.append(f"{wrong} mismatch" + ("es" if wrong != 1 else ""))
+        words = [counted(self._done, "case")]
+        if self._total:
+            words = [f"{self._done}/{counted(self._total, 'case')}", f"{100 * self._done // self._total}%"]
+        words.append(f"{self._done / max(seconds, 0.001):.0f}/s")
+        words.append(counted(wrong, "mismatch", "mismatches"))
         if lost := self._found[Verdict.LOST]:
             words.append(f"{lost} lost")
         return ", ".join([*words, f"{seconds:.0f} s"])

@@ -18,6 +18,7 @@ from harness.report.views import (
     with_verdict,
 )
 from harness.verdict import Verdict
+from harness.words import counted
 
 _TITLES = (
     (Verdict.UNSUPPORTED, "not possible on this host"), (Verdict.HEALED, "healed"),
@@ -29,7 +30,7 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
     """What a run came to: counts by verdict, every limit of the host once with its count, known divergences."""
     if not records:
         return []
-    lines = [f"{len(records)} cases, {checks(records)} checks: {counts_text(records)}"]
+    lines = [f"{counted(len(records), 'case')}, {counted(checks(records), 'check')}: {counts_text(records)}"]
     for verdict, title in _TITLES:
         lines += [f"  {title}: {count:5d} × {reason}" for reason, count in reasons(records, verdict)]
     return lines

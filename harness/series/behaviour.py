@@ -15,6 +15,7 @@ from typing import Any, Final
 from harness.known import load_known
 from harness.report.views import BAD, Record, verdict_of
 from harness.verdict import Verdict
+from harness.words import counted
 
 Signature = tuple[str, str, int, int, str]
 
@@ -178,7 +179,8 @@ def _by_turns(old: Record, record: Record) -> bool:
 
 def _told(record: Record) -> str:
     allowed = f", allowed {record['allowed']:#x}" if record.get("allowed") else ""
-    return f"{record['verdict']}, {record['checks']} checks{allowed} {_settled(str(record['summary']))}".strip()
+    checks = counted(record["checks"], "check")
+    return f"{record['verdict']}, {checks}{allowed} {_settled(str(record['summary']))}".strip()
 
 
 def change_text(change: Change) -> str:

@@ -38,6 +38,7 @@ from typing import Any, Final
 from harness.series.difference import Difference, Pair, Rename, compare_objects
 from harness.series.normal import OF, Item, ObjectRecord, record_object, whole_file
 from harness.series.objects import BuiltObject, built_objects
+from harness.words import counted
 
 _FORMAT: Final = 4  # of the JSON form: raise it when the normal form changes
 _SHOWN: Final = 12  # lines per object, and names of renamed and moved symbols
@@ -248,14 +249,14 @@ def _growth(difference: Difference) -> int:
 def _line(d: Difference) -> str:
     name = f"{d.kind} {d.symbol}" + (f" (was {d.was})" if d.was else "")
     if d.old_size is None:
-        return f"{name}: new, {d.new_size} bytes"
+        return f"{name}: new, {counted(d.new_size or 0, 'byte')}"
     if d.new_size is None:
-        return f"{name}: gone, {d.old_size} bytes"
+        return f"{name}: gone, {counted(d.old_size, 'byte')}"
     if d.moved:
         return f"{name}: at another place" + (f" in {d.section}" if d.section else "")
     if d.old_size == d.new_size:
-        return f"{name}: changed" + (f", {d.new_size} bytes" if d.new_size else "")
-    return f"{name}: {'grew' if d.new_size > d.old_size else 'shrank'}, {d.old_size} to {d.new_size} bytes"
+        return f"{name}: changed" + (f", {counted(d.new_size, 'byte')}" if d.new_size else "")
+    return f"{name}: {'grew' if d.new_size > d.old_size else 'shrank'}, {d.old_size} to {counted(d.new_size, 'byte')}"
 
 
 def _listed(head: str, names: list[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.lab.trace import SHOWN
+from harness.words import counted
 
 _FUNCTIONS: Final = "tTwW"  # types of nm
 
@@ -113,7 +114,8 @@ def reached_lines(found: Reached) -> list[str]:
     total = len(found.executed) + len(found.never) + len(found.unknown)
     if not total:
         return ["no function changed, nor data that one refers to"]
-    lines = [f"{len(found.executed)} of {total} functions that changed, or whose data did, were executed"]
+    which = f"{counted(total, 'function')} that changed, or whose data did"
+    lines = [f"{len(found.executed)} of {which}, {'was' if total == 1 else 'were'} executed"]
     if found.never:
         lines.append(_line("changed but never executed", found.never))
     if found.unknown:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from harness.series.btf import Member
+from harness.words import counted
 
 GPRS: Final = ("RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{n}" for n in range(8, 16)))
 """By their encodings (Intel SDM vol. 2, table 2-2; AMD APM vol. 3, table 1-10)."""
@@ -109,7 +110,7 @@ def _values(layout: Layout) -> dict[str, str]:
 def _member(member: Member) -> str:
     elements = member.elements or 1
     many = f"{elements} × " if member.elements else ""
-    return f"at {member.offset}, {many}{member.size // elements} bytes"
+    return f"at {member.offset}, {many}{counted(member.size // elements, 'byte')}"
 
 
 def _check(rule: str, wrong: list[str], fine: str) -> Check:
@@ -188,12 +189,12 @@ def _storage(layout: Layout) -> Check:
         return Check(rule, "n/a", "struct kvm_vcpu_arch has no regs[]")
     length, wrong = layout.regs.elements, []
     if length < layout.gprs:
-        wrong.append(f"regs[] has {length} elements, {layout.gprs} are needed")
+        wrong.append(f"regs[] has {counted(length, 'element')}, {layout.gprs} are needed")
     if layout.regs.size != 8 * length:
-        wrong.append(f"an element of regs[] has {layout.regs.size // max(length, 1)} bytes, not 8")
+        wrong.append(f"an element of regs[] has {counted(layout.regs.size // max(length, 1), 'byte')}, not 8")
     rip = layout.ids.get("RIP")
     if layout.rip is None and (rip is None or rip >= length):
-        wrong.append(f"RIP is {rip}, regs[] has {length} elements, and there is no member rip")
+        wrong.append(f"RIP is {rip}, regs[] has {counted(length, 'element')}, and there is no member rip")
     place = "in a member of its own" if layout.rip else f"regs[{rip}]"
     return _check(rule, wrong, f"{length} elements; RIP is {place}")
 

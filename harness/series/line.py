@@ -18,6 +18,7 @@ from harness.series.cells import CellResult, read_result
 from harness.series.coverage import Reached
 from harness.series.verdict import CellReport, counts_of
 from harness.verdict import Verdict
+from harness.words import counted
 
 MOST_AGAIN: Final = 200
 """So many Cases that differ are no accident: they are not run again."""
@@ -185,7 +186,8 @@ def _doubt(doubtful: Mapping[str, int]) -> str:
     """A failure that was seen once: neither good nor bad."""
     if not doubtful:
         return ""
-    return f"unsteady: {_listed(sorted(doubtful))} failed once, not in {min(doubtful.values())} more runs; BASE never"
+    again = counted(min(doubtful.values()), "more run")
+    return f"unsteady: {_listed(sorted(doubtful))} failed once, not in {again}; BASE never"
 
 
 def _no_suite(result: CellResult) -> Record | None:

@@ -17,6 +17,7 @@ from harness.lab.cache import Progress
 from harness.lab.errors import LabInputError
 from harness.lab.ksource import PrivateCopy, git
 from harness.series.git import Commit, Repository
+from harness.words import counted
 
 _IDENTITY: Final = {"GIT_COMMITTER_NAME": "kvm-harness", "GIT_COMMITTER_EMAIL": "kvm-harness@localhost"}
 _FILE: Final = re.compile(rb"^(?:(?:---|\+\+\+) [ab]/|rename (?:from|to) |copy (?:from|to) )([^\t\r\n]+)", re.MULTILINE)
@@ -107,7 +108,7 @@ class _WorkTree:
         words = words.replace(f"git says of {self.folder}: ", "")
         lines = [f"  {line}".rstrip() for line in shown[:_REJECT_LINES]]
         if len(shown) > _REJECT_LINES:
-            lines.append(f"  ... and {len(shown) - _REJECT_LINES} more lines")
+            lines.append(f"  ... and {counted(len(shown) - _REJECT_LINES, 'more line')}")
         hint = "give --base the commit that the series was made on (its `base-commit:` line), or a rebased series"
         head = f"{mbox}: mail {number} of {last} does not apply: {subject}"
         return ApplyError("\n".join([head, words, *lines, hint]))

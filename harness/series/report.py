@@ -13,6 +13,7 @@ from harness.series.coverage import reached_lines
 from harness.series.page import page
 from harness.series.state import write, write_text
 from harness.series.verdict import FORMAT, Outcome, PatchReport, SeriesReport
+from harness.words import counted
 
 WIDTH: Final = 100
 _MOST: Final = 6  # Cases told of one cell; all are in the JSON
@@ -62,12 +63,12 @@ def _conclusion(report: SeriesReport) -> Iterator[str]:
         yield from brief.evidence(first)
     elif report.status:
         lost = [str(p.number) for p in report.patches if p.outcome is Outcome.LOST]
-        why = f"patches {', '.join(lost)} were lost" if lost else "not every patch was judged"
+        why = f"lost: patch{'es' * (len(lost) > 1)} {', '.join(lost)}" if lost else "not every patch was judged"
         yield f"no verdict: {why}; the same command goes on with what is not finished, another --out begins anew"
     else:
-        yield f"all {judged} patches are good"
+        yield "the patch is good" if judged == 1 else f"all {judged} patches are good"
     if not report.complete:
-        yield f"{judged} of {report.planned} patches judged so far"
+        yield f"{judged} of {counted(report.planned, 'patch', 'patches')} judged so far"
 
 
 def patch_lines(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
@@ -98,7 +99,8 @@ def _cell_lines(patch: PatchReport) -> Iterator[str]:
     for cell in patch.cells:
         if cell.tier or cell.problem:
             counts = ", ".join(f"{n} {v}" for v, n in cell.counts.items())
-            ran = f"{cell.tier}: {counts}; {cell.checks} checks, {cell.seconds:.0f} s" if cell.tier else "not run"
+            checks = counted(cell.checks, "check")
+            ran = f"{cell.tier}: {counts}; {checks}, {cell.seconds:.0f} s" if cell.tier else "not run"
             yield f"  {cell.cell + ':':10s} {ran}"
         if cell.problem:
             yield f"    lost: {cell.problem}"
@@ -125,7 +127,7 @@ def _labelled(label: str, lines: Sequence[str]) -> Iterator[str]:
 
 
 def _first(lines: list[str], most: int) -> list[str]:
-    return lines if len(lines) <= most else [*lines[:most], f"  ... and {len(lines) - most} more lines"]
+    return lines if len(lines) <= most else [*lines[:most], f"  ... and {counted(len(lines) - most, 'more line')}"]
 
 
 # --- KTAP -------------------------------------------------------------------------------------------------------------
