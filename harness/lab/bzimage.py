@@ -19,7 +19,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import NoteSegment
 
 from harness.lab.cache import Progress, cached, digest, quiet
-from harness.lab.errors import LabInputError
+from harness.lab.errors import LabInputError, unreadable
 
 _SETUP_SECTS: Final = 0x1F1
 _MAGIC: Final = 0x202
@@ -35,10 +35,11 @@ def release_of(image: Path) -> str:
         with open(image, "rb") as file:
             header = file.read(0x8200)
     except OSError as error:
-        raise LabInputError(f"{image}: {error.strerror}: give a kernel's bzImage (/boot/vmlinuz-...)") from error
+        raise LabInputError(f"{unreadable(image, error)}; a kernel's bzImage is needed (/boot/vmlinuz-...)") from error
     if header[_MAGIC : _MAGIC + 4] != b"HdrS":
-        hint = ": it may be vmlinux; the lab boots arch/x86/boot/bzImage" if header[:4] == b"\x7fELF" else ""
-        raise LabInputError(f"{image} is no bzImage (no HdrS in its header){hint}")
+        elf = header[:4] == b"\x7fELF"
+        hint = "it may be vmlinux; the lab boots arch/x86/boot/bzImage" if elf else "give a bzImage"
+        raise LabInputError(f"{image} is no bzImage (no HdrS in its header): {hint}")
     start = 0x200 + int.from_bytes(header[_KERNEL_VERSION : _KERNEL_VERSION + 2], "little")
     version = header[start:].partition(b"\0")[0].decode(errors="replace")
     if start == 0x200 or not re.match(r"\d+\.\d+", version):

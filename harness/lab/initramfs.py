@@ -18,7 +18,7 @@ from elftools.elf.elffile import ELFFile
 
 from harness.lab.cache import Progress, cached, digest, quiet
 from harness.lab.debian import FetchError, fetch_package, unpack
-from harness.lab.errors import LabError, LabInputError
+from harness.lab.errors import LabError, LabInputError, unreadable
 from harness.lab.image import RECIPE, SUITE
 
 REQUIRED: Final = ("virtio_pci", "virtio_blk", "squashfs", "virtio_console", "kvm")
@@ -86,13 +86,17 @@ def _builtin(folder: Path) -> frozenset[str]:
 
 
 def read_module(path: Path) -> bytes:
-    """The contents of a .ko file, decompressed. Raises LabInputError when it is damaged."""
+    """The contents of a .ko file, decompressed. Raises LabInputError when it cannot be read or is damaged."""
     decompress = _DECOMPRESS.get(path.suffix)
     try:
         data = path.read_bytes()
+    except OSError as error:
+        raise LabInputError(unreadable(path, error)) from error
+    try:
         return decompress(data) if decompress else data
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise LabInputError(f"{path} cannot be read: {error}") from error
+        what = f"is damaged or no {path.suffix} file ({error}): copy it again"
+        raise LabInputError(f"{path} does not unpack, it {what}") from error
 
 
 def _zstd(data: bytes) -> bytes:

@@ -13,7 +13,7 @@ from elftools.common.exceptions import DWARFError, ELFError
 from elftools.elf.elffile import ELFFile
 
 from harness.lab.bzimage import vmlinux_of
-from harness.lab.errors import LabInputError
+from harness.lab.errors import LabInputError, unreadable
 from harness.lab.initramfs import modinfo, read_module
 from harness.series.btf import Btf, BtfError, Member
 from harness.series.dwarf import Dwarf
@@ -24,7 +24,7 @@ _BTF_MAGIC: Final = b"\x9f\xeb"
 _ENUM, _STRUCT = "kvm_reg", "kvm_vcpu_arch"
 _ADVICE: Final = (
     "give a vmlinux or kvm.ko with BTF (CONFIG_DEBUG_INFO_BTF, CONFIG_DEBUG_INFO_BTF_MODULES), or anything of KVM "
-    "that was compiled with debugging information"
+    "that was compiled with debugging information (of distributions' kernels that is in a package of its own, -dbg)"
 )
 
 
@@ -45,12 +45,15 @@ class Types(Protocol):
 def running_layout() -> Layout:
     """That of the kernel this runs on: from vmlinux's BTF, or else from that of KVM's modules. Raises LayoutError."""
     main = RUNNING / "vmlinux"
-    if not main.is_file():
-        raise LayoutError(f"this kernel shows no BTF ({main} is not there): {_ADVICE}")
-    base = _btf(main.read_bytes(), main)
+    try:
+        base = _btf(main.read_bytes(), main)
+    except FileNotFoundError:
+        raise LayoutError(f"this kernel shows no BTF ({main} is not there): {_ADVICE}") from None
+    except OSError as error:
+        raise LayoutError(f"{unreadable(main, error)}; or {_ADVICE}") from error
     modules = sorted(RUNNING.glob("kvm*"))
     for path in (main, *modules):
-        types = base if path == main else _btf(path.read_bytes(), path, base)
+        types = base if path == main else _btf(read_module(path), path, base)
         if found := _layout(types, f"{path}, Linux {os.uname().release}"):
             return found
     names = ", ".join(path.name for path in modules)
@@ -85,6 +88,8 @@ def _layout(types: Types, source: str) -> Layout | None:
 
 def _sources(path: Path, base: Path | None) -> Iterator[tuple[Types, str]]:
     data = read_module(path)
+    if not data:
+        raise LayoutError(f"{path} is empty: {_ADVICE}")
     if data[0x202:0x206] == b"HdrS":
         data = vmlinux_of(path)
     if data.startswith(_BTF_MAGIC):
@@ -93,7 +98,7 @@ def _sources(path: Path, base: Path | None) -> Iterator[tuple[Types, str]]:
         return
     try:
         elf = ELFFile(io.BytesIO(data))
-        blob, dwarf = elf.get_section_by_name(".BTF"), elf.has_dwarf_info()
+        blob, dwarf = elf.get_section_by_name(".BTF"), elf.has_dwarf_info(strict=True)
         module = elf.get_section_by_name(".gnu.linkonce.this_module") is not None
     except ELFError as error:
         raise LayoutError(f"{path} is no kernel, module or object ({error}): {_ADVICE}") from error
@@ -132,7 +137,7 @@ def _base(path: Path, release: str = "") -> Btf:
         try:
             section = ELFFile(io.BytesIO(data)).get_section_by_name(".BTF")
         except ELFError as error:
-            raise LayoutError(f"{path} is no kernel: {error}") from error
+            raise LayoutError(f"{path} is no kernel ({error}): give the one that the module was built with") from error
         if section is None:
             raise LayoutError(f"{path} has no BTF: give the kernel that the module was built with")
         banner = re.search(rb"Linux version (\S+) ", data)

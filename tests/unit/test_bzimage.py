@@ -97,5 +97,5 @@ def test_a_kernel_of_another_size_is_damaged(tmp_path):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(LabInputError, match="No such file"):
+    with pytest.raises(LabInputError, match="is not there: check the path"):
         release_of(tmp_path / "none")

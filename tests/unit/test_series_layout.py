@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -235,7 +237,7 @@ def test_damaged_btf() -> None:
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (b"", "no kernel, module or object"), (b"int f;\n", "no kernel, module or object"),
+    (b"", "is empty: give a vmlinux"), (b"int f;\n", "no kernel, module or object"),
     (b"\x7fELF\2\1\1" + bytes(60), "no kernel, module or object|neither BTF nor DWARF"), (b"\x9f\xeb\1\0", "damaged"),
 ])  # fmt: skip
 def test_file_that_is_none(tmp_path: Path, content: bytes, words: str) -> None:
@@ -281,7 +283,45 @@ def test_command_fails_for_a_broken_rule(compiled: Callable[..., Path], capsys: 
     assert found["members"]["regs_dirty"]["size"] == 4
 
 
-@pytest.mark.parametrize("words", [["/nowhere"], ["/etc/passwd"], ["--base", "/etc/passwd"], ["/"]])
-def test_command_says_what_to_give(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("words", "said"), [
+    (["/nowhere"], "/nowhere is not there: check the path"), (["/"], "/ is a folder: give a file in it"),
+    (["/etc/passwd"], "no kernel, module or object"), (["--base", "/etc/passwd"], "give that too"),
+    (["/dev/null"], "/dev/null is empty: give a vmlinux"),
+    (["/proc/self/mem"], "cannot be read (Input/output error): give another copy"),
+])  # fmt: skip
+def test_command_says_what_to_give(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["layout", *words]) == 2
-    assert "kvm-harness: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("kvm-harness: ")
+    assert said in error
+    assert "Errno" not in error
+
+
+def test_a_kernel_in_a_folder_is_named(compiled: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copy(compiled(linux_7()), tmp_path / "vmlinux")
+    with pytest.raises(LabInputError, match=f"{tmp_path} is a folder: give {tmp_path}/vmlinux"):
+        file_layout(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
+def test_module_that_does_not_unpack(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"kvm.ko{suffix}").write_bytes(b"no such thing")
+    with pytest.raises(LabInputError, match=rf"is damaged or no {suffix} file .*: copy it again"):
+        file_layout(tmp_path / f"kvm.ko{suffix}")
+
+
+@pytest.mark.parametrize("asked", ["file_layout(RUNNING / 'vmlinux')", "running_layout()"])
+def test_no_permission(asked: str, tmp_path: Path) -> None:
+    """In a process of its own, which gives up the right to read everything."""
+    (tmp_path / "vmlinux").write_bytes(b"")
+    (tmp_path / "vmlinux").chmod(0)
+    program = (
+        "import pathlib, sys\nfrom harness.series import typeinfo\nfrom harness.series.typeinfo import *\n"
+        f"RUNNING = typeinfo.RUNNING = pathlib.Path(sys.argv[1])\ntry:\n    {asked}\n"
+        "except LabInputError as error:\n    print(error)\n"
+    )
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*drop, sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert f"{tmp_path}/vmlinux: no permission to read it: run as root, or give" in done.stdout, done.stderr
