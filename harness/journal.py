@@ -6,6 +6,7 @@ a torn last line is dropped on reading. A line damaged later is left out, and sa
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,10 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from harness.verdict import Verdict
+from harness.verdict import BAD_INPUT, Verdict
+from harness.words import counted
 
 NAME: Final = "journal.jsonl"
 FORMAT: Final = 1
+_NAMED: Final = 9
 OUT: Final = Path("out")
 """Where runs go for which no folder was given."""
 
@@ -39,12 +42,11 @@ class Journal:
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        self.folder = folder
+        self.folder = results_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise JournalError(f"{folder}: cannot write there: {error.strerror}; give another --out") from error
+            raise _not_there(folder, error) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -52,7 +54,7 @@ class Journal:
             raise JournalError(f"{folder}: another run is writing there; give another --out") from None
         if os.fstat(self._fd).st_size:
             os.close(self._fd)
-            raise JournalError(f"{folder}: holds the results of an earlier run; give another --out or remove it")
+            raise _taken(folder)
         self.append({"journal": FORMAT, "started": datetime.now(UTC).isoformat(timespec="seconds"), **header})
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -75,6 +77,35 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def results_folder(folder: Path) -> Path:
+    """``folder``, made where it is not there yet. JournalError where that cannot be, or nothing written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_there(folder, error) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise JournalError(f"{folder}: cannot write there: no permission; give another --out")
+    return folder
+
+
+def free_folder(folder: Path) -> Path:
+    """A :func:`results_folder` in which no run has left its journal. JournalError."""
+    path = results_folder(folder) / NAME
+    if path.exists() and path.stat().st_size:
+        raise _taken(folder)
+    return folder
+
+
+def _taken(folder: Path) -> JournalError:
+    return JournalError(f"{folder}: holds the results of an earlier run; give another --out or remove it")
+
+
+def _not_there(folder: Path, error: OSError) -> JournalError:
+    status = Verdict.LOST.status if error.errno in (errno.ENOSPC, errno.EDQUOT) else BAD_INPUT
+    what = "it is no folder" if error.errno in (errno.EEXIST, errno.ENOTDIR) else error.strerror
+    return JournalError(f"{folder}: cannot write there: {what}; give another --out", status)
 
 
 def new_folder() -> Path:
@@ -101,7 +132,8 @@ class RunResults:
     """What a journal holds: all that reports and comparisons are made of.
 
     ``path``: the journal; ``header``: of the run (host, started, and ``cell`` where a lab ran it); ``records``: one for
-    each finished Case; ``finished``: the run came to its end; ``damage``: lines that were left out.
+    each finished Case; ``finished``: the run came to its end; ``damage``: lines that were left out; ``chosen``: how
+    many Cases were to run, None where the journal does not say; ``lost``: why the run ended early, if it said so.
     """
 
     path: Path
@@ -109,6 +141,8 @@ class RunResults:
     records: tuple[Mapping[str, Any], ...]
     finished: bool
     damage: tuple[Damage, ...] = ()
+    chosen: int | None = None
+    lost: str = ""
 
     @property
     def folder(self) -> Path:
@@ -129,11 +163,20 @@ class RunResults:
         """Every cell that has records, in alphabetical order; at least one, which may have no name."""
         return tuple(sorted({self.cell(r) for r in self.records} or {self.cell({})}))
 
+    @property
+    def extent(self) -> str:
+        """``20 of 300 cases ran``: how far a run came that did not run all its Cases; empty for one that did."""
+        ran = sum(1 for r in self.records if r["id"])  # what was found of a kernel as a whole has no id
+        if self.chosen is None or ran >= self.chosen:
+            return ""
+        return f"{ran} of {counted(self.chosen, 'case')} ran"
+
     def incomplete_because(self) -> list[str]:
         """One line for each thing that keeps the results from being whole."""
         out = [f"{self.path}:{d.line}: damaged ({d.what}); the other lines are shown" for d in self.damage]
         if not self.finished:
-            out.append("incomplete: the run was interrupted or lost before its end")
+            how = f"was lost ({self.lost})" if self.lost else "was interrupted or lost"
+            out.append(f"incomplete: the run {how} before its end" + (f"; {self.extent}" if self.extent else ""))
         return out
 
 
@@ -143,7 +186,7 @@ def read_run(folder: Path) -> RunResults:
     header: Mapping[str, Any] = {}
     records: list[Mapping[str, Any]] = []
     damage: list[Damage] = []
-    finished = False
+    finished, chosen, lost = False, None, ""
     for number, line in enumerate(_whole_lines(path), 1):
         record = _parse(line)
         if isinstance(record, str):
@@ -155,10 +198,13 @@ def read_run(folder: Path) -> RunResults:
                 damage.append(Damage(number, what))
             else:
                 records.append(record)
-        finished = finished or (isinstance(record, dict) and "finished" in record)
+        if isinstance(record, dict):
+            finished = finished or "finished" in record
+            chosen = record["chosen"] if isinstance(record.get("chosen"), int) else chosen
+            lost = str(record.get("lost", lost)).partition("\n")[0]
     if not header and (not records or not damage or damage[0].line != 1):
-        raise JournalError(f"{path}: not a journal of format {FORMAT}")
-    return RunResults(path, header, tuple(records), finished, tuple(damage))
+        raise JournalError(f"{path}: not a journal of format {FORMAT}; give the --out folder of a run")
+    return RunResults(path, header, tuple(records), finished, tuple(damage), chosen, lost)
 
 
 def read_journal(folder: Path) -> Iterator[dict[str, Any]]:
@@ -182,7 +228,19 @@ def _whole_lines(path: Path) -> list[bytes]:
     try:
         return path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
-        raise JournalError(f"{path}: {error.strerror}; give the --out folder of a run") from error
+        raise JournalError(f"{_no_run(path, error)}; give {_runs_near(path)}") from error
+
+
+def _no_run(path: Path, error: OSError) -> str:
+    if not isinstance(error, FileNotFoundError):
+        return f"{path}: {error.strerror}"
+    return f"{path.parent} holds no run (there is no {NAME} in it)" if path.name == NAME else f"{path} is not there"
+
+
+def _runs_near(path: Path) -> str:
+    """What to give in place of a folder that has no journal: a lab run of several cells has one in each of theirs."""
+    inside = sorted(str(found.parent) for found in path.parent.glob(f"*/{NAME}")) if path.name == NAME else []
+    return f"one of {', '.join(inside[:_NAMED])}" if inside else "the --out folder of a run"
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:
@@ -196,7 +254,7 @@ def _parse(line: bytes) -> dict[str, Any] | str:
 
 def _checked_header(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     if record.get("journal") != FORMAT:
-        raise JournalError(f"{path}: not a journal of format {FORMAT}")
+        raise JournalError(f"{path}: not a journal of format {FORMAT}; give the --out folder of a run")
     return record
 
 

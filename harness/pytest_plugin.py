@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
         try:
             config.stash[journal_key] = Journal(out, {"host": host.describe(), "device": str(host.kvm.device)})
         except JournalError as error:
-            raise pytest.UsageError(str(error)) from error
+            _end(config, str(error), error.status)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -253,6 +253,28 @@ class _Results:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
+        self.chosen = 0
+
+    @pytest.hookimpl
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._chosen(len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        self._chosen(len(ids))
+
+    def _chosen(self, count: int) -> None:
+        """How many Cases are to run: a journal without its end can then say how far it came. (Each worker tells.)"""
+        if count and self.chosen != count:
+            self.chosen = count
+            self._append({"chosen": count})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if (journal := self.config.stash.get(journal_key, None)) is not None:
+            try:
+                journal.append(record)
+            except JournalError as error:
+                _end(self.config, str(error), error.status)
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -264,12 +286,7 @@ class _Results:
                 if record in self.config.stash[results_key][-1:]:
                     continue
                 self.config.stash[results_key].append(record)
-                journal = self.config.stash.get(journal_key, None)
-                if journal is not None:
-                    try:
-                        journal.append(record)
-                    except JournalError as error:
-                        _end(self.config, str(error), error.status)
+                self._append(record)
 
     @pytest.hookimpl
     def pytest_sessionfinish(self, exitstatus: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 
 from harness import selection
-from harness.journal import NAME, new_folder, read_run
+from harness.journal import NAME, free_folder, new_folder, read_run
 from harness.known import load_known
 from harness.paths.common import guest_for
 from harness.pytest_plugin import PROPERTY, ending_key, host_key
@@ -23,6 +23,7 @@ from harness.report.text import summary_lines
 from harness.report.views import BAD, verdict_of
 from harness.verdict import BAD_INPUT, INTERRUPTED, Verdict, exit_status
 from harness.vm import Kvm
+from harness.words import counted
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _SHOWN_IN_FULL: Final = 10
@@ -51,8 +52,8 @@ class Request:
 def run_suite(request: Request, progress: Progress) -> int:
     """Run, tell of it, and return the exit status of the verdicts.
 
-    Raises KvmUnusableError, SelectionError, KnownError, GuestError, and RunError for everything else that keeps a run
-    from its end.
+    Raises KvmUnusableError, SelectionError, KnownError, GuestError, JournalError, and RunError for everything else that
+    keeps a run from its end.
     """
     Kvm(request.device).close()
     if request.expression is not None:
@@ -60,7 +61,7 @@ def run_suite(request: Request, progress: Progress) -> int:
     # What would go wrong in every worker or with every Case is said once, here.
     load_known()
     guest_for("walk.S", "real")
-    out = request.out or new_folder()
+    out = free_folder(request.out) if request.out else new_folder()
     voice = _Voice(progress, request)
     progress.wait("making the cases ...")
     try:
@@ -110,7 +111,7 @@ def _conclude(out: Path, voice: _Voice, progress: Progress, status: int) -> int:
         progress.say(line)
     hidden = voice.failures - _SHOWN_IN_FULL
     if hidden > 0:
-        progress.say(f"{hidden} more failures are not shown above: kvm-harness report {out}")
+        progress.say(f"not shown above: {counted(hidden, 'more failure')}: kvm-harness report {out}")
     progress.say(f"results: {out}")
     if progress.failed is not None:
         raise RunError(f"{progress.failed.strerror}: the results are in {out}", Verdict.LOST.status)
@@ -167,7 +168,7 @@ class _Voice:
     def _begin(self, config: pytest.Config, total: int) -> None:
         if total and not self._told:
             self._told = True
-            self._progress.say(f"{total} cases on {config.stash[host_key].describe()}")
+            self._progress.say(f"{counted(total, 'case')} on {config.stash[host_key].describe()}")
         if total:
             self._progress.begin(total)
 

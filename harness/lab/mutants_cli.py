@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from harness.journal import results_folder
 from harness.lab.boot import outer_acceleration
 from harness.lab.catalogue import choose
 from harness.lab.cli import SOURCE_SERIES, hardware
@@ -33,9 +34,10 @@ def _say(text: str) -> None:
 
 
 def _try(args: argparse.Namespace, chosen: Sequence[Edit]) -> int:
+    out = results_folder(args.out or OUT)  # before anything is built
     configs = {name: CONFIGURATIONS[name] for m in chosen if not m.equivalent for name in m.configurations}
     emulator = hardware(list(configs.values()), "ours")
-    tree, out = args.tree or debian_source(SOURCE_SERIES, _say), args.out or OUT
+    tree = args.tree or debian_source(SOURCE_SERIES, _say)
     accel = {name: "tcg" if c.needs else outer_acceleration(c.extension) for name, c in configs.items()}
     campaign = Campaign(tree, out, Bench(emulator, base_image(_say), accel.__getitem__), _say)
     trials, peers = [], dict[str, PeerTrial]()

@@ -69,4 +69,5 @@ def replay_command(run: RunResults, record: Record) -> str:
 def title_lines(run: RunResults) -> list[str]:
     """Where, when and in which cells the run was."""
     lines = [f"{run.header.get('host', 'unknown host')}, started {run.header.get('started', 'unknown')}"]
-    return lines + [f"cell {cell}" for cell in run.cells if cell]
+    lines += [f"cell {cell}" for cell in run.cells if cell]
+    return [*lines, f"{run.extent}: enough of them had failed"] if run.complete and run.extent else lines

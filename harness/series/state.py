@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from harness.journal import OUT
+from harness.journal import OUT, results_folder
 from harness.lab.cache import digest
 from harness.lab.errors import LabError, LabInputError
 
@@ -28,17 +28,13 @@ FORMAT: Final = 1
 class Folder:
     """An open folder of a series; locked for as long as it is open. A context manager.
 
-    Raises LabInputError when it holds another series or something else, or is in use; LabError when it cannot be
-    written.
+    Raises LabInputError when it holds another series or something else, or is in use; JournalError or LabError when it
+    cannot be written.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise LabError(f"{path}: cannot write there: {error.strerror}; give another --out") from error
+        self._fd = os.open(results_folder(path) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._lock()
             self._check({"series": FORMAT, **about})

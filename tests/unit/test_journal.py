@@ -48,6 +48,15 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path):
         Journal(tmp_path / "file", {})
 
 
+def test_a_folder_of_cells_names_theirs(tmp_path):
+    for cell in ("svm-6.1", "svm-7.3"):
+        Journal(tmp_path / cell, {}).close()
+    with pytest.raises(JournalError, match=r"holds no run .*; give one of .*/svm-6.1, .*/svm-7.3"):
+        read_run(tmp_path)
+    with pytest.raises(JournalError, match="none is not there; give the --out folder of a run"):
+        read_run(tmp_path / "none")
+
+
 def test_torn_last_line_is_dropped(tmp_path):
     journal = Journal(tmp_path, {})
     journal.append({"case": "x"})
@@ -136,7 +145,20 @@ def test_a_whole_run_is_complete(tmp_path):
 def test_a_run_without_its_end_is_incomplete(tmp_path):
     run = read_run(written(tmp_path, record(), finished=False))
     assert not run.complete
-    assert "incomplete" in run.incomplete_because()[0]
+    assert run.incomplete_because() == ["incomplete: the run was interrupted or lost before its end"]
+
+
+def test_a_run_without_its_end_says_how_far_it_came(tmp_path):
+    whole = {"case": "profile/npt", "id": "", "verdict": "regressed", "checks": 1, "summary": "gone", "seconds": 0.0}
+    run = read_run(written(tmp_path / "a", record(), whole, finished=False, chosen=3))
+    assert run.incomplete_because()[0].endswith("before its end; 1 of 3 cases ran")
+    run = read_run(written(tmp_path / "b", {"chosen": 40}, record(), record("gpr/y@real#0"), finished=False))
+    assert run.incomplete_because()[0].endswith("before its end; 2 of 40 cases ran")
+    lost = {"lost": "no machine came up\nconsole: ..."}
+    run = read_run(written(tmp_path / "c", {"chosen": 40}, record(), lost, finished=False))
+    assert run.incomplete_because() == [
+        "incomplete: the run was lost (no machine came up) before its end; 1 of 40 cases ran"
+    ]
 
 
 @pytest.mark.parametrize(

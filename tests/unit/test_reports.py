@@ -37,9 +37,9 @@ RECORDS = (
 )  # fmt: skip
 
 
-def run_of(*records, finished=True, damage=(), folder=Path("/nowhere"), **header):
+def run_of(*records, finished=True, damage=(), folder=Path("/nowhere"), chosen=None, **header):
     header = {"host": "Linux 7.3 <kvm_amd>", "started": "2026-11-23T12:00:00+00:00", **header}
-    return RunResults(folder / "journal.jsonl", header, tuple(records), finished, tuple(damage))
+    return RunResults(folder / "journal.jsonl", header, tuple(records), finished, tuple(damage), chosen)
 
 
 @pytest.fixture
@@ -95,6 +95,19 @@ def test_a_cell_is_told_once_and_with_each_case_where_there_are_several():
     two = text_report(run_of(*RECORDS, record("gpr/q@real#0", "mismatch", "x", cell="svm × 6.1"), cell="svm × 7.3"))
     assert "gpr/q@real#0 [svm × 6.1]: x" in two
     assert "gpr/add@long#0 [svm × 7.3]: rcx" in two
+
+
+def test_a_run_that_stopped_at_a_failure_says_how_far_it_came():
+    assert "9 of 40 cases ran: enough of them had failed" in text_report(run_of(*RECORDS, chosen=40)).splitlines()
+    assert "cases ran" not in text_report(run_of(*RECORDS, chosen=9))
+
+
+def test_one_is_not_several():
+    one = record("gpr/mov@long#0", checks=1)
+    assert summary_lines([one]) == ["1 case, 1 check: 1 agree"]
+    text = comparison_text(compare_runs(run_of(one), run_of({**one, "verdict": "mismatch"})))
+    assert "agree -> mismatch: 1 case\n" in text
+    assert text.endswith("1 verdict changed, 0 are the same\n")
 
 
 # --- JUnit ----------------------------------------------------------------------------------------------------------
@@ -230,7 +243,7 @@ def test_what_agreed_and_no_longer_does_is_status_1(verdict):
     found = compare_runs(run_of(RECORDS[0]), run_of({**RECORDS[0], "verdict": verdict, "summary": "why"}))
     assert found.status == 1
     text = comparison_text(found)
-    assert f"agree -> {verdict}: 1 cases" in text
+    assert f"agree -> {verdict}: 1 case" in text
     assert "gpr/mov@long#0" in text
     assert "why" in text
 
@@ -240,14 +253,14 @@ def test_other_changes_are_told_and_status_0(before, after):
     name = "gpr/mov@long#0"
     found = compare_runs(run_of(record(name, before, "then")), run_of(record(name, after)))
     assert found.status == 0
-    assert f"{before} -> {after}: 1 cases" in comparison_text(found)
+    assert f"{before} -> {after}: 1 case" in comparison_text(found)
 
 
 def test_cases_of_one_side_are_named_and_counted():
     found = compare_runs(run_of(*RECORDS[:2]), run_of(*RECORDS[1:3]))
     text = comparison_text(found)
-    assert "only in A: 1 cases (1 agree): gpr/mov@long#0" in text
-    assert "only in B: 1 cases (1 mismatch): gpr/add@long#0" in text
+    assert "only in A: 1 case (1 agree): gpr/mov@long#0" in text
+    assert "only in B: 1 case (1 mismatch): gpr/add@long#0" in text
     assert found.status == 0
 
 
@@ -265,7 +278,7 @@ def test_cells_are_compared_one_by_one_only_where_there_are_several():
 
 def test_the_same_name_with_other_content_is_said():
     other = {**RECORDS[0], "id": "ffffffffffff"}
-    assert "1 cases have the same name but not the same content" in comparison_text(
+    assert "1 case has the same name but not the same content" in comparison_text(
         compare_runs(run_of(RECORDS[0]), run_of(other))
     )
 
@@ -301,7 +314,7 @@ def test_compare_tells_of_other_behaviour_that_is_allowed():
     found = compare_runs(run_of({**first, "allowed": 1}), run_of({**first, "allowed": 2}))
     assert [r["case"] for r in found.otherwise] == [first["case"]]
     assert found.status == 0
-    assert f"1 cases behave otherwise where the model allows it (undefined flags, batched I/O): {first['case']}" in (
+    assert f"1 case behaves otherwise where the model allows it (undefined flags, batched I/O): {first['case']}" in (
         comparison_text(found)
     )
     assert not compare_runs(run_of({**first, "allowed": 1}), run_of({**first, "allowed": 1})).otherwise
