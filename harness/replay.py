@@ -12,16 +12,19 @@ from harness.case import Case, CaseError, load_case
 from harness.host import Host
 from harness.journal import OUT
 from harness.judge import Result, Runner
-from harness.known import load_known
-from harness.machine import KvmMachine
+from harness.known import KnownDivergence, load_known
+from harness.machine import KvmMachine, record
 from harness.paths import all_cases
 from harness.reference.cpu import ModelError
 from harness.reference.machine import ReferenceMachine
+from harness.report.agreement import agreement_text
 from harness.report.emit_c import emit_c
-from harness.report.failure import failure_text
+from harness.report.failure import failure_text, labelled
 from harness.report.reduce import reduced
 from harness.report.views import CASES_FOLDER
+from harness.verdict import Verdict
 from harness.vm import Kvm
+from harness.words import counted
 
 _SHORTEST_ID = 4
 
@@ -64,16 +67,26 @@ class Replay:
     case: Case
     again: str
     host: str
+    known: tuple[KnownDivergence, ...]
     result: Result
     _lockstep: Callable[[Case], Result]
 
     def text(self) -> str:
-        """The result in full detail."""
+        """The result in full detail: what differs, or what was compared where nothing does."""
         result = self.result
-        head = f"{self.case.name} {self.case.id}: {result.verdict.value}, {result.checks} checks {result.summary}"
+        head = f"{self.case.name} {self.case.id}: {result.verdict.value}, {counted(result.checks, 'check')}"
+        head += f": {result.summary}" if result.summary else ""
+        if row := next((row for row in self.known if result.verdict is Verdict.KNOWN and self._is(row)), None):
+            head = "\n".join([head, *labelled("known as", f"{row.name}: {row.why} ({row.reference})")])
+        if result.difference is None and result.checks:
+            steps = record(ReferenceMachine(), self.case)
+            return f"{head}\n{agreement_text(self.case, steps, result.checks, self.host)}"
         if result.difference is None:
-            return head.rstrip()
+            return f"{head}\nhost: {self.host}"
         return f"{head}\n{failure_text(self.case, result.difference, self.host, shlex.quote(self.again))}"
+
+    def _is(self, row: KnownDivergence) -> bool:
+        return self.result.summary.startswith(f"{row.name}: ")
 
     def c_source(self) -> str:
         """The Case as a C file, without the RAM that it does not need. EmitError when it has no C form."""
@@ -90,7 +103,8 @@ def replay(text: str, device: Path, use: Callable[[Replay], None]) -> Result:
         host = Host(kvm)
         try:
             found = find_case(text, host)
-            runner = Runner(machine, host, load_known(release=host.kernel))
+            known = load_known(release=host.kernel)
+            runner = Runner(machine, host, known)
 
             def once(case: Case) -> Result:
                 return runner.run(case, ReferenceMachine())
@@ -99,7 +113,7 @@ def replay(text: str, device: Path, use: Callable[[Replay], None]) -> Result:
                 result = once(found.case)
             except ModelError as error:
                 raise ModelError(f"{found.case.name}: the model cannot run this guest: {error}") from error
-            use(Replay(found.case, found.again, host.describe(), result, once))
+            use(Replay(found.case, found.again, host.describe(), known, result, once))
             return result
         finally:
             host.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from harness.case import Case
@@ -21,6 +21,7 @@ from harness.report.listing import (
     stands_at,
 )
 from harness.state import GPR_NAMES, FieldDiff, bit_names
+from harness.words import counted
 
 WIDTH: Final = 100
 _LABEL: Final = 12
@@ -35,18 +36,19 @@ def failure_text(case: Case, difference: Difference, host: str, again: str | Non
     that the code uses, host. ``again`` is what that command names: the Case's id, or the file that holds it.
     """
     code = listing(case, difference)
-    out = [*_labelled("case", f"{case.name}  [{case.id}]"), *_guest(case, difference), *_exit(case, difference)]
+    out = [*labelled("case", f"{case.name}  [{case.id}]"), *_guest(case, difference), *_exit(case, difference)]
     if difference.registers:
         out += ["", *_register_table(difference)]
     if difference.memory:
         out += ["", *_memory(difference)]
     if code:
         out += ["", "code", *(f"  {line}"[:WIDTH].rstrip() for line in _code_lines(code, case, difference))]
-    out += ["", *_start(case, difference, code), "", *_labelled("host", host)]
+    out += ["", *start_values(case, code, [d.name for d in difference.registers]), "", *labelled("host", host)]
     return "\n".join([*out, f"kvm-harness replay {again or case.id}"])
 
 
-def _labelled(label: str, text: str) -> list[str]:
+def labelled(label: str, text: str) -> list[str]:
+    """``text`` after its label, wrapped beside it."""
     return textwrap.wrap(
         text, WIDTH, initial_indent=f"{label:<{_LABEL}}", subsequent_indent=" " * _LABEL, break_on_hyphens=False
     ) or [label]
@@ -65,7 +67,7 @@ def _guest(case: Case, difference: Difference) -> list[str]:
         text = f"{here}  ({case.origin}" + (f", starts at {start})" if start and start != here else ")")
     elif start:
         text = f"{start}  ({case.origin}; the exit is outside it)"
-    return _labelled("guest", text)
+    return labelled("guest", text)
 
 
 def _exit(case: Case, difference: Difference) -> list[str]:
@@ -75,12 +77,12 @@ def _exit(case: Case, difference: Difference) -> list[str]:
     got = exit_text(difference.got)
     if not difference.exits_differ:
         at = exit_address(difference)
-        return _labelled("differs at", f"{where}: {got}" + (f" at {at:#x}" if at is not None else ""))
-    out = [*_labelled("differs at", where), *_labelled("expected", expected), *_labelled("got", got)]
+        return labelled("differs at", f"{where}: {got}" + (f" at {at:#x}" if at is not None else ""))
+    out = [*labelled("differs at", where), *labelled("expected", expected), *labelled("got", got)]
     if difference.got and isinstance(difference.got.exit, InternalError) and difference.got.exit.code:
         lacking = disassemble(difference.got.exit.code, case.bits, 0)[0]
         words = f"{lacking.code.hex(' ')}  {lacking.text}".strip()
-        out += _labelled("", f"(this KVM's emulator lacks: {words})")
+        out += labelled("", f"(this KVM's emulator lacks: {words})")
     return out
 
 
@@ -128,7 +130,7 @@ def _memory(difference: Difference) -> Iterator[str]:
         yield f"{'':<20}got       {run.got.hex(' ')}"
         yield f"{'':<30}{mark}".rstrip()
         if n == len(shown) - 1 and len(difference.memory) > len(shown):
-            yield f"... and {len(difference.memory) - len(shown)} more runs of bytes"
+            yield f"... and {counted(len(difference.memory) - len(shown), 'more run')} of bytes"
 
 
 def _marks(run: MemoryDiff, ignore: Mapping[int, int]) -> str:
@@ -139,7 +141,7 @@ def _marks(run: MemoryDiff, ignore: Mapping[int, int]) -> str:
 def _code_lines(code: list[Insn], case: Case, difference: Difference) -> Iterator[str]:
     for n, insn in enumerate(code):
         if len(code) > _MAX_INSNS and n == 4:
-            yield f"... {len(code) - _MAX_INSNS} instructions ..."
+            yield f"... {counted(len(code) - _MAX_INSNS, 'instruction')} ..."
         if len(code) <= _MAX_INSNS or n < 4 or n >= len(code) - _MAX_INSNS + 4:
             yield str(insn)
     at = exit_address(difference)
@@ -148,9 +150,10 @@ def _code_lines(code: list[Insn], case: Case, difference: Difference) -> Iterato
         yield f"{whose} at {at:#x}, outside this code"
 
 
-def _start(case: Case, difference: Difference, code: list[Insn]) -> list[str]:
-    wanted = {*registers_used(code), *(d.name for d in difference.registers if d.name in GPR_NAMES)}
+def start_values(case: Case, code: list[Insn], more: Sequence[str] = ()) -> list[str]:
+    """What the general-purpose registers that ``code`` uses, and those of ``more``, hold at the start; RFLAGS."""
+    wanted = {*registers_used(code), *more}
     start = case.start.flat()
     names = [n for n in GPR_NAMES if n in wanted]
     words = [f"{n}={start[n]:#x}" for n in (*names, "rflags")]
-    return _labelled("start", " ".join(words))
+    return labelled("start", " ".join(words))

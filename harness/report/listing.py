@@ -74,8 +74,13 @@ def ram(case: Case, gpa: int, size: int) -> bytes:
 
 
 def listing(case: Case, difference: Difference | None) -> list[Insn]:
-    """The instructions from the start of a Case to its exit. (Code is identity-mapped: harness/modes.py.)"""
-    start, end = linear(case.start), exit_address(difference)
+    """The instructions from the start of a Case to the exit at which machines differ."""
+    return code_until(case, exit_address(difference))
+
+
+def code_until(case: Case, end: int | None) -> list[Insn]:
+    """The instructions from the start of a Case to ``end``. (Code is identity-mapped: harness/modes.py.)"""
+    start = linear(case.start)
     near = end is not None and start < end <= start + REACH
     # 15 bytes more, so that what straddles the exit is shown whole
     code = ram(case, start, (end - start if near and end is not None else GUESS) + 15)

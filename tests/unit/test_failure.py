@@ -12,6 +12,7 @@ from harness.exits import Halt, InternalError, Io, Shutdown
 from harness.lockstep import Difference, compare_registers, exit_text
 from harness.machine import MemoryDiff
 from harness.modes import CODE_BASE, assembler_constants, setup
+from harness.report.agreement import agreement_text
 from harness.report.c_data import byte_runs, find_fills
 from harness.report.failure import failure_text
 from harness.report.listing import Insn, disassemble, registers_used, source_line
@@ -230,3 +231,28 @@ def test_fills_and_runs_make_the_same_ram(mode):
     for blob in byte_runs(bytes(rest), 0, taken):
         made[blob.gpa : blob.gpa + len(blob.data)] = blob.data
     assert made == image
+
+
+# --- nothing differs ------------------------------------------------------------------------------------------------
+
+
+@needs_objdump
+def test_what_agrees_says_what_was_compared():
+    case = case_of(registers={"rcx": 0x33}, actions=(Run(8),))
+    steps = [[Observation(Io(0xE9, 1, True, b"A"), {}), seen(case, {})]]
+    text = agreement_text(case, steps, 2, HOST)
+    assert text == f"""\
+case        gpr/long/x  [{case.id}]
+compared    the reference model and KVM, 2 checks: every exit; all registers (regs, sregs) and 128
+            KiB of RAM at 1 of them
+
+exit 0      action 0, run: io write port 0xe9 size 1 count 1 data 41
+exit 1      action 0, run: halt at 0xa004
+
+code
+  a000: 0f b1 d1                cmpxchg ecx,edx
+  a003: f4                      hlt
+
+start       rax=0x0 rcx=0x33 rdx=0x0 rflags=0x2
+
+host        Linux 6.18.44, kvm_pvm"""
