@@ -10,6 +10,7 @@ from typing import Final
 from harness.report.views import CASES_FOLDER
 from harness.series.behaviour import Change, change_text, worst_first
 from harness.series.verdict import CellReport, Outcome, PatchReport, SeriesReport
+from harness.words import counted
 
 _MOST: Final = 6
 _SUBJECT: Final = 44
@@ -127,14 +128,16 @@ def inherited(cell: CellReport) -> str:
     origins = sorted(set(cell.inherited.values()))
     whose = ", ".join("BASE" if not n else f"patch {n}" for n in origins)
     count = len(cell.inherited)
-    return f"{count} failure{'s' * (count > 1)} as {whose} brought {'them' if count > 1 else 'it'}"
+    return f"{counted(count, 'failure')} as {whose} brought {'them' if count > 1 else 'it'}"
 
 
 def base_lines(report: SeriesReport) -> Iterator[str]:
     for cell, failures in report.base_failures.items():
-        yield f"BASE fails by itself in {cell}: {len(failures)} cases, which no patch is blamed for:"
+        yield f"BASE fails by itself in {cell}: {counted(len(failures), 'case')}, which no patch is blamed for:"
         for name, record in list(failures.items())[:_MOST]:
             yield f"  {record['verdict']}: {name}: {record['summary']}"
+        if len(failures) > _MOST:
+            yield f"  ... and {len(failures) - _MOST} more"
     for cell, flaky in report.quarantined.items():
         yield f"quarantined in {cell}, since BASE did not show the same twice:"
         for name, (one, two) in flaky.items():

@@ -13,15 +13,20 @@ from harness.series import brief
 from harness.series.behaviour import Change, change_text, worst_first
 from harness.series.coverage import reached_lines
 from harness.series.verdict import CellReport, Outcome, PatchReport, SeriesReport
+from harness.words import counted
 
+_DEEP: Final = " " * 4  # how the lines below a Case are indented in brief.evidence()
 _MOST: Final = 40  # Cases shown of one cell
 _COLOUR: Final = {
     Outcome.BAD: "bad", Outcome.UNBUILDABLE: "bad", Outcome.UNTRUE: "bad", Outcome.LOST: "note", Outcome.GOOD: "good",
 }  # fmt: skip
 _MORE: Final = """
 body { max-width: 92rem; }
-.patches td, .patches th { white-space: nowrap; } .patches .subject { white-space: normal; min-width: 14rem; }
-.patches td:nth-child(3) { white-space: normal; min-width: 6rem; }
+.patches th { white-space: nowrap; } .patches .subject { min-width: 14rem; }
+.patches td:nth-child(3) { min-width: 6rem; }
+.banner code { display: block; padding-left: 1rem; white-space: pre-wrap; }
+.banner code.deep { padding-left: 2.5rem; opacity: .8; }
+.banner code:not(.deep) { margin-top: .4rem; }
 .patches td.num { width: 1%; } td a { color: inherit; }
 section { border-top: 1px solid var(--line); margin-top: 1.6rem; } section h2 { margin-top: 1rem; }
 pre { overflow-x: auto; background: var(--band); padding: .6rem .8rem; margin: .4rem 0;
@@ -38,7 +43,8 @@ def page(report: SeriesReport) -> str:
     body = [f"<h1>{escape(words)}</h1>", f'<p class="soft">{escape(report.title)}</p>']
     body.append(f'<p class="soft">BASE is {escape(str(report.base))}</p>')
     if not report.complete:
-        body.append(f'<p class="banner note">{len(report.patches)} of {report.planned} patches judged so far</p>')
+        planned = counted(report.planned, "patch", "patches")
+        body.append(f'<p class="banner note">{len(report.patches)} of {planned} judged so far</p>')
     body += [*_first_bad(report), *_table(report)]
     for patch in report.patches:
         body += _patch(patch, report)
@@ -60,10 +66,10 @@ def _headline(report: SeriesReport) -> str:
     first = report.first_bad
     if first is not None:
         bad = sum(p.outcome.status == 1 for p in report.patches)
-        return f"{bad} of {report.planned} patches bad; the first is patch {first.number}"
+        return f"{bad} of {counted(report.planned, 'patch', 'patches')} bad; the first is patch {first.number}"
     if report.status:
         return "No verdict on the whole series"
-    return f"All {report.planned} patches good"
+    return "The patch is good" if report.planned == 1 else f"All {report.planned} patches good"
 
 
 def _first_bad(report: SeriesReport) -> Iterator[str]:
@@ -72,7 +78,8 @@ def _first_bad(report: SeriesReport) -> Iterator[str]:
         return
     yield f'<div class="banner bad"><b>First bad patch: {first.number}, {escape(str(first.commit))}</b>'
     for line in brief.evidence(first):
-        yield f"<br><code>{escape(line)}</code>"
+        deep = ' class="deep"' if line.startswith(_DEEP) else ""
+        yield f"<code{deep}>{escape(line.removeprefix(_DEEP).removeprefix('  '))}</code>"
     yield "</div>"
 
 
@@ -119,7 +126,7 @@ def _patch(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
         said = f"yes, {build.seconds:.0f} s" if build.good else f"no<pre>{escape(chr(10).join(build.errors))}</pre>"
         yield f"<dt>builds ({escape(build.flavour)})</dt><dd>{said}</dd>"
         if build.code is not None:
-            text = escape("\n".join(build.code.text))
+            text = escape("\n".join(build.code.text).removeprefix("code: "))
             short = escape(build.code.brief)
             whole = f"<details><summary>{short}</summary><pre>{text}</pre></details>" if "\n" in text else text
             yield f"<dt>code</dt><dd>{whole}</dd>"
@@ -138,7 +145,8 @@ def _patch(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
 
 def _cell(cell: CellReport) -> str:
     counts = ", ".join(f"{n:,} {v}" for v, n in cell.counts.items())
-    out = [f"{cell.tier}: {counts}; {cell.checks:,} checks, {cell.seconds:.0f} s" if cell.tier else "not run"]
+    checks = counted(cell.checks, "check", form=",")
+    out = [f"{cell.tier}: {counts}; {checks}, {cell.seconds:.0f} s" if cell.tier else "not run"]
     if cell.problem:
         out.append(f'<br><span class="note">lost: {escape(cell.problem)}</span>')
     mended = [c for c in cell.others if c.mended]

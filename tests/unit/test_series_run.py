@@ -93,6 +93,9 @@ def test_a_bug_is_blamed_on_its_patch_and_its_fix_mends(tree, out):
     assert f"svm-emul: {CASES[1]}: mismatch: rcx: expected 0x1, got 0x2" in text
     assert "kvm-harness lab run --kernel" in text
     assert f"--config svm-emul -k '{CASES[1]}'" in text
+    page = (out / "report.html").read_text()
+    assert "First bad patch: 2, " in page
+    assert '<code class="deep">again: ' in page, "what belongs to a Case stands below it"
 
 
 def test_the_cell_that_agrees_stays_good(tree, out):
@@ -108,7 +111,7 @@ def test_what_base_fails_in_is_no_patchs_fault(tree, out):
     report = validate(tree, out, Elsewhere())
     assert outcomes(report) == [Outcome.GOOD]
     assert report.patches[0].inherited == {0: 2}
-    assert "BASE fails by itself in svm: 1 cases" in (out / "report.txt").read_text()
+    assert "BASE fails by itself in svm: 1 case" in (out / "report.txt").read_text()
 
 
 def test_a_patch_that_does_not_build_is_named_and_the_series_goes_on(tree, out):
@@ -299,7 +302,7 @@ def test_a_lost_cell_is_no_verdict(tree, out):
     assert outcomes(report) == [Outcome.LOST]
     assert report.status == 4
     assert report.first_bad is None
-    assert "no verdict: patches 1 were lost" in (out / "report.txt").read_text()
+    assert "no verdict: lost: patch 1;" in (out / "report.txt").read_text()
 
 
 def test_a_lost_base_ends_it(tree, out):
