@@ -9,11 +9,13 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from harness.manual import PAGES
 from harness.verdict import BAD_INPUT, INTERRUPTED, NO_KVM, Verdict, exit_status
 
 if TYPE_CHECKING:
@@ -26,19 +28,17 @@ ABORT_BISECT: Final = 128
 MAX_WORKERS: Final = 4 * (os.cpu_count() or 1)
 FORMATS: Final = {"text": "report.txt", "html": "report.html", "junit": "junit.xml", "ktap": "report.ktap"}
 """Views of a journal, with the file that each becomes beside it when several are asked for."""
-_STATUSES: Final = (
-    "exit status: 0 agrees, 1 mismatch, splat or regressed, 2 bad input or nothing selected, 3 no usable KVM, 4 lost "
-    "(infrastructure), 130 interrupted"
-)
+_STATUSES: Final = """exit status, unless the command's own --help says otherwise:
+  0 agrees, 1 mismatch, splat or regressed, 2 bad input or nothing selected,
+  3 no usable KVM, 4 lost (infrastructure), 130 interrupted"""
 _EXAMPLES: Final = """examples:
-  kvm-harness run                         the register suite here; results go to a new folder under out/
-  kvm-harness run -k 'mmio and not user'  a part of it
-  kvm-harness replay alu/add_rr_b@long#0 --emit-c > x.c
-  kvm-harness lab run --debian 6.12       the suite on that kernel, nested in QEMU
-  kvm-harness series v7.3.. --tree ~/linux
-                                          a verdict for every patch since v7.3
+  kvm-harness run                           the register suite here
+  kvm-harness run -k 'mmio and not user'    a part of it
+  kvm-harness replay 'alu/add_rr_b@long#0'  one case again, in full detail
+  kvm-harness lab run --debian 6.12         on that kernel, nested in QEMU
+  kvm-harness series v7.3.. --tree ~/linux  a verdict for every patch since v7.3
   kvm-harness compare out/before out/after  two runs side by side
-  kvm-harness COMMAND --help              options and an example of each command"""
+  kvm-harness COMMAND --help                what a command does, with examples"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         signal.signal(signal.SIGINT, _interrupt)
         words = sys.argv[1:] if argv is None else list(argv)
-        args = _parser(words[:1] == ["lab"]).parse_args(words)
+        args, rest = _parser(words[:1] == ["lab"]).parse_known_args(words)
+        if rest:
+            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if not hasattr(args, "function"):
             return fail("give a command, for example: kvm-harness run (kvm-harness --help lists them all)", BAD_INPUT)
         status: int = args.function(args)
@@ -63,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         expected = _status_of(error)
+        if words[:1] == ["bisect-run"]:  # nothing of ours may look like a bad commit
+            if expected is None:
+                traceback.print_exc()
+            return fail(f"{error}", ABORT_BISECT)
         if expected is None:
             raise
         return fail(f"{error}", expected)
@@ -128,9 +134,10 @@ def _parser(with_lab: bool = True) -> argparse.ArgumentParser:
     """``with_lab`` False leaves out the verbs of ``lab``: what they are made of takes time to load."""
     parser = argparse.ArgumentParser(
         prog="kvm-harness",
-        description="Runs tiny guests on real KVM and compares every register with an independent model.",
+        description="Runs tiny guests on real KVM and compares every register with a model.",
         epilog=f"{_EXAMPLES}\n\n{_STATUSES}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.set_defaults(parser=parser)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(metavar="command")
     for register in (
@@ -153,15 +160,15 @@ def add_verb(
     verbs: Verbs[argparse.ArgumentParser],
     name: str,
     function: Callable[[argparse.Namespace], int],
-    text: str,
-    example: str,
+    group: str = "",
 ) -> argparse.ArgumentParser:
-    """A verb whose ``--help`` has an example and the exit statuses; ``function`` returns the status."""
+    """A verb with its page of the manual (harness/manual.py); ``function`` returns the exit status."""
+    page = PAGES[f"{group} {name}".lstrip()]
     made = verbs.add_parser(
-        name, help=text, description=text, epilog=f"example: {example}\n\n{_STATUSES}",
+        name, help=page.text, description=page.description, epilog=page.epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    made.set_defaults(function=function)
+    made.set_defaults(function=function, parser=made)
     return made
 
 
@@ -171,17 +178,13 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_probe(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    probe = add_verb(
-        verbs, "probe", _probe, "What this host's KVM can do, found by trying it.", "kvm-harness probe --json"
-    )
+    probe = add_verb(verbs, "probe", _probe)
     _add_device(probe)
     probe.add_argument("--json", action="store_true", help="everything, for programs")
 
 
 def _add_run(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    run = add_verb(
-        verbs, "run", _run, "The register suite on this machine's KVM.", "kvm-harness run -k 'mmio and not @real#' -n 2"
-    )
+    run = add_verb(verbs, "run", _run)
     _add_device(run)
     run.add_argument("names", nargs="*", help=argparse.SUPPRESS)  # there are none: _run says what was meant
     run.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
@@ -189,7 +192,11 @@ def _add_run(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "-k", metavar="EXPR",
         help="only Cases whose name matches, as in pytest: 'gpr and long'; whole names too: alu/add_rr_b@long#0",
     )  # fmt: skip
-    run.add_argument("-n", type=_workers, default=0, metavar="N", help="worker processes (default: this one only)")
+    run.add_argument(
+        "-n", type=_workers, default=0, metavar="N",
+        help="run in N processes side by side. Worth it for the whole suite, on processors that are idle; each process "
+        "first makes all the Cases for itself, so that a small -k is slower with it (default: this process only)",
+    )  # fmt: skip
     run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
 
 
@@ -200,20 +207,14 @@ def _workers(text: str) -> int:
 
 
 def _add_replay(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    replay = add_verb(
-        verbs, "replay", _replay, "One Case again, in full detail; or as one self-contained C file.",
-        "kvm-harness replay 3f2a9c17b0de --emit-c > reproducer.c",
-    )  # fmt: skip
+    replay = add_verb(verbs, "replay", _replay)
     _add_device(replay)
     replay.add_argument("case", metavar="ID_OR_FILE", help="a Case's id (12 hex digits), name, or file")
     replay.add_argument("--emit-c", action="store_true", help="print a C program that shows the same with no harness")
 
 
 def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    report = add_verb(
-        verbs, "report", _report, "Views of a run's journal.",
-        "kvm-harness report out/20261123-120000 --format junit > junit.xml",
-    )  # fmt: skip
+    report = add_verb(verbs, "report", _report)
     report.add_argument("folder", type=Path, metavar="DIR", help="the --out folder of a run")
     report.add_argument(
         "--format", type=_formats, default=("text",), metavar="NAMES",
@@ -229,20 +230,13 @@ def _formats(text: str) -> tuple[str, ...]:
 
 
 def _add_compare(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    compare = add_verb(
-        verbs, "compare", _compare, "Two runs side by side; status 1 if a Case that agreed in A does not in B.",
-        "kvm-harness compare out/before out/after",
-    )  # fmt: skip
+    compare = add_verb(verbs, "compare", _compare)
     compare.add_argument("a", type=Path, metavar="DIR_A", help="the --out folder of the first run")
     compare.add_argument("b", type=Path, metavar="DIR_B", help="that of the second")
 
 
 def _add_layout(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    layout = add_verb(
-        verbs, "layout", _layout,
-        "KVM's register map (enum kvm_reg, struct kvm_vcpu_arch) from BTF or DWARF, checked; 1 if a rule is broken.",
-        "kvm-harness layout ~/linux/vmlinux",
-    )  # fmt: skip
+    layout = add_verb(verbs, "layout", _layout)
     layout.add_argument(
         "file", type=Path, nargs="?", metavar="VMLINUX",
         help="a vmlinux, bzImage, kvm.ko or object with BTF or DWARF (default: the running kernel)",
@@ -257,18 +251,8 @@ def _add_layout(verbs: Verbs[argparse.ArgumentParser]) -> None:
 def _add_series(verbs: Verbs[argparse.ArgumentParser]) -> None:
     from harness.series.cli import add_bisect_run, add_series
 
-    add_series(
-        add_verb(
-            verbs, "series", _series, "A verdict for every patch of a kernel series: BASE..TIP, or a mailbox.",
-            "kvm-harness series v7.3..my-branch --tree ~/linux --config svm,svm-emul",
-        )
-    )  # fmt: skip
-    add_bisect_run(
-        add_verb(
-            verbs, "bisect-run", _bisect_run, "Is the kernel that is checked out good? For git bisect run.",
-            "git bisect run kvm-harness bisect-run",
-        )
-    )  # fmt: skip
+    add_series(add_verb(verbs, "series", _series))
+    add_bisect_run(add_verb(verbs, "bisect-run", _bisect_run))
 
 
 def _series(args: argparse.Namespace) -> int:
@@ -284,16 +268,7 @@ def _bisect_run(args: argparse.Namespace) -> int:
 
 
 def _add_mutants(verbs: Verbs[argparse.ArgumentParser]) -> None:
-    mutants = add_verb(
-        verbs, "mutants", _mutants,
-        "Seeded kernel bugs, one after the other, in the lab: which ones the suite catches. The proof of its verdicts.",
-        "kvm-harness mutants --only 23,cr2-stale --config svm",
-    )  # fmt: skip
-    mutants.epilog = (
-        "example: kvm-harness mutants --only 23,cr2-stale --config svm\n\n"
-        "exit status: 0 all caught or equivalent, 1 one survived, 2 one does not fit the tree, does not compile or has "
-        "no Case, or none was tried, 4 one was lost, 130 interrupted"
-    )
+    mutants = add_verb(verbs, "mutants", _mutants)
     mutants.add_argument("--list", action="store_true", help="show the catalogue (ci/qemu/mutants/), and stop there")
     mutants.add_argument("--only", metavar="A,B", help="names, numbers of bug classes, or files of the catalogue")
     mutants.add_argument("--config", metavar="A,B", help="only in these configurations of the lab")
@@ -315,16 +290,16 @@ def _mutants(args: argparse.Namespace) -> int:
 
 
 def _add_lab(verbs: Verbs[argparse.ArgumentParser], whole: bool) -> None:
-    text = "The suite on a kernel under test, nested in an emulator: list, build, run, shell, peers."
-    epilog = f"example: kvm-harness lab run --debian 6.12 --tier smoke\n\n{_STATUSES}"
-    lab = verbs.add_parser(
-        "lab", help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    lab = add_verb(verbs, "lab", _lab)
     if whole:
         from harness.lab.cli import add_verbs
 
-        inner = lab.add_subparsers(metavar="command", required=True)
-        add_verbs(lambda name, function, text, example: add_verb(inner, name, function, text, example))
+        inner = lab.add_subparsers(metavar="command")
+        add_verbs(lambda name, function: add_verb(inner, name, function, "lab"))
+
+
+def _lab(args: argparse.Namespace) -> int:
+    return fail("lab: give a command: list, build, run, shell or peers (kvm-harness lab --help)", BAD_INPUT)
 
 
 def _probe(args: argparse.Namespace) -> int:
@@ -364,7 +339,7 @@ def _replay(args: argparse.Namespace) -> int:
         print(found.c_source(), end="")
 
     verdict = replay(args.case, args.kvm_device, show).verdict
-    return 0 if args.emit_c or verdict is Verdict.UNSUPPORTED else exit_status([verdict])
+    return 0 if args.emit_c else exit_status([verdict])
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -379,7 +354,9 @@ def _report(args: argparse.Namespace) -> int:
             path = run.folder / FORMATS[name]
             try:
                 path.write_text(_view(run, name), encoding="utf-8")
-            except PermissionError as error:
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
                 return fail(f"{path}: {error.strerror}: ask for one format alone, which is printed", BAD_INPUT)
             print(path)
     sys.stdout.flush()  # before what is said on stderr

@@ -196,7 +196,7 @@ def _cannot_open(device: Path, error: OSError) -> str:
         )
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"{device}: permission denied (add yourself to group kvm and log in again, or run as root)"
-    return f"{device}: cannot be opened: {error.strerror}"
+    return f"{device}: cannot be opened: {error.strerror}; give --kvm-device the path of a KVM, usually /dev/kvm"
 
 
 class Vm(_Owner):

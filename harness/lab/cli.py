@@ -12,6 +12,7 @@ from harness.lab.cache import area
 from harness.lab.configurations import CONFIGURATIONS, Configuration, configuration
 from harness.lab.errors import LabError, LabInputError
 from harness.lab.planner import TIERS
+from harness.options import minutes, positive
 
 if TYPE_CHECKING:
     from harness.lab.hardware import Emulator
@@ -27,23 +28,14 @@ class Verb(Protocol):
     """Makes one parser."""
 
     def __call__(
-        self, name: str, function: Callable[[argparse.Namespace], int], text: str, example: str, /
+        self, name: str, function: Callable[[argparse.Namespace], int], /
     ) -> argparse.ArgumentParser: ...
 
 
 def add_verbs(verb: Verb) -> None:
-    """Add what comes after ``kvm-harness lab``; ``verb(name, function, text, example)`` makes one parser."""
-    verb("list", _list, "Configurations, kernels and what is built already.", "kvm-harness lab list")
-    build = verb("build", _build, "Build or fetch what a run needs, and stop there.", "kvm-harness lab build")
-    run = verb(
-        "run", _run, "The suite on a kernel under test, nested in an emulator.",
-        "kvm-harness lab run --config svm,svm-shadow --debian 6.12 --tier smoke",
-    )  # fmt: skip
-    shell = verb("shell", _shell, "A shell inside, on the console of the machine.", "kvm-harness lab shell")
-    peers = verb(
-        "peers", _peers, "Upstream's KVM selftests and kvm-unit-tests on the kernel under test: one table.",
-        "kvm-harness lab peers --debian 7.3 --build-selftests --unit-tests ~/kvm-unit-tests",
-    )  # fmt: skip
+    """Add what comes after ``kvm-harness lab``; ``verb(name, function)`` makes one parser."""
+    verb("list", _list)
+    build, run, shell, peers = verb("build", _build), verb("run", _run), verb("shell", _shell), verb("peers", _peers)
     for made in (build, run, shell, peers):
         _add_kernel(made)
         made.add_argument(
@@ -66,9 +58,9 @@ def add_verbs(verb: Verb) -> None:
     run.add_argument("-k", metavar="EXPR", help="only Cases whose name matches, as in pytest: 'gpr and long'")
     run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
     run.add_argument("--cold", action="store_true", help="boot each machine, even where one was kept to go on from")
-    run.add_argument("--machines", type=int, default=2, metavar="N", help="machines side by side (default: 2)")
+    run.add_argument("--machines", type=positive, default=2, metavar="N", help="machines side by side (default: 2)")
     run.add_argument(
-        "--deadline", type=float, default=120.0, metavar="MINUTES", help="what a cell may take at most (default: 120)"
+        "--deadline", type=minutes, default=120.0, metavar="MINUTES", help="what a cell may take at most (default: 120)"
     )
     run.add_argument(
         "--write-profile", action="store_true", help="write what this cell's KVM can do to ci/qemu/profiles/, then run"
@@ -210,28 +202,34 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from harness.journal import new_folder
+    from harness.journal import new_folder, results_folder
     from harness.lab.run import Options, run_cells
+    from harness.selection import check
 
     options = Options(
-        args.tier, args.k, args.fail_fast, max(1, args.machines), args.write_profile, 60 * args.deadline, args.cold,
+        args.tier, args.k, args.fail_fast, args.machines, args.write_profile, 60 * args.deadline, args.cold,
         reduce=True,
     )
-    return run_cells(cells(args), args.out or new_folder(), options, _say, sys.stderr)
+    check(args.k or "")  # before anything is built or fetched
+    out = results_folder(args.out) if args.out else new_folder()
+    return run_cells(cells(args), out, options, _say, sys.stderr)
 
 
 def _peers(args: argparse.Namespace) -> int:
-    from harness.journal import new_folder
+    from harness.journal import new_folder, results_folder
     from harness.lab.ksource import debian_source
     from harness.lab.peer_build import built_selftests
     from harness.lab.peers import run_peers
+    from harness.selection import check
 
     if not (args.selftests or args.build_selftests or args.unit_tests):
         raise LabInputError("nothing to run: give --selftests DIR or --build-selftests, and --unit-tests DIR")
+    check(args.k or "")
+    out = results_folder(args.out) if args.out else new_folder()
     found = args.selftests
     if args.build_selftests:
         found = built_selftests(args.tree or debian_source(SOURCE_SERIES, _say), _say)
-    return run_peers(cells(args), found, args.unit_tests, args.out or new_folder(), args.k, _say)
+    return run_peers(cells(args), found, args.unit_tests, out, args.k, _say)
 
 
 def _shell(args: argparse.Namespace) -> int:

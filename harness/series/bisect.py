@@ -24,6 +24,7 @@ from harness.lab.kbuild import kernel_from_tree
 from harness.lab.kernel import Kernel
 from harness.lab.run import Options
 from harness.lab.session import Cell
+from harness.selection import SelectionError, check
 from harness.series.behaviour import Change, change_text, worst_first
 from harness.series.builds import Flavour
 from harness.series.cells import CellJob, CellResult, run_job
@@ -136,14 +137,15 @@ def bisect_run(args: argparse.Namespace) -> int:
     from harness.series.cli import chosen_configurations, say
 
     try:
+        check(args.k or "")
         configs = chosen_configurations(args.config)
         question = Question(
-            args.tree, tuple(configs), Options(tier=args.tier, select=args.k, machines=max(1, args.machines)),
+            args.tree, tuple(configs), Options(tier=args.tier, select=args.k, machines=args.machines),
             hardware(configs, args.qemu), base_image(say),
             lambda c: "tcg" if c.needs else outer_acceleration(c.extension), args.base, args.same_behaviour, args.jobs,
         )  # fmt: skip
         return bisect(question, say)
-    except LabInputError as error:
+    except (LabInputError, SelectionError) as error:
         say(f"kvm-harness: {error}")
         return UNUSABLE
     except (LabError, JournalError) as error:

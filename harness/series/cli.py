@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from harness.lab.configurations import CONFIGURATIONS, Configuration, configuration
 from harness.lab.errors import LabInputError
+from harness.options import positive
+from harness.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,21 +23,6 @@ if TYPE_CHECKING:
     from harness.series.verdict import SeriesReport
 
 DEFAULT_CONFIGS: Final = "svm,svm-shadow,svm-emul"
-_BISECT_EXAMPLE: Final = (
-    "git bisect start BAD GOOD && git bisect run kvm-harness bisect-run --config svm-emul -k 'alu and long'"
-)
-_BISECT_STATUSES: Final = (
-    "exit status, for git bisect run: 0 good, 1 bad (splat, mismatch, regressed), 125 cannot be tested (does not "
-    "build, too old, lost), 128 the command cannot be used as it is, 130 interrupted"
-)
-_SERIES_EXAMPLES: Final = """examples:
-  kvm-harness series v7.3..my-branch --tree ~/linux --config svm,svm-emul
-  kvm-harness series --mbox series.mbox --base v7.3 --tree ~/linux
-  kvm-harness series HEAD~1..HEAD --quick"""
-_SERIES_STATUSES: Final = (
-    "exit status: 0 all patches good, 1 a patch is bad, does not build, or is not what it says, 2 bad input or BASE "
-    "cannot be used, 4 lost (infrastructure, disk full), 130 interrupted; the same command goes on where it was"
-)
 TIERS: Final = ("auto", "smoke", "full")
 _MACHINES: Final = 2
 
@@ -66,7 +53,6 @@ def add_series(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR",
         help="folder for results (default: one under out/ for this series); the same command goes on where it was",
     )  # fmt: skip
-    parser.epilog = f"{_SERIES_EXAMPLES}\n\n{_SERIES_STATUSES}"
 
 
 def add_bisect_run(parser: argparse.ArgumentParser) -> None:
@@ -79,17 +65,17 @@ def add_bisect_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--same-behaviour", action="store_true", help="with --base: other behaviour is bad even where it is allowed"
     )
-    parser.epilog = f"example: {_BISECT_EXAMPLE}\n\n{_BISECT_STATUSES}"
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of both verbs."""
     parser.add_argument("--tree", type=Path, default=Path(), metavar="DIR", help="git checkout of Linux (default: .)")
     parser.add_argument(
-        "--machines", type=int, default=_MACHINES, metavar="N", help=f"emulators of one cell (default: {_MACHINES})"
-    )
+        "--machines", type=positive, default=_MACHINES, metavar="N",
+        help=f"emulators of one cell (default: {_MACHINES})",
+    )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, default=None, metavar="N", help="compilers side by side (default: one a processor)"
+        "--jobs", type=positive, default=None, metavar="N", help="compilers side by side (default: one a processor)"
     )
     parser.add_argument("--qemu", default="ours", choices=("ours", "system"), help="which emulator (default: ours)")
 
@@ -154,11 +140,11 @@ def _validate(args: argparse.Namespace, patches: PatchRange, title: str) -> int:
         "commits": [c.id for c in patches.commits], "cells": [c.name for c in cells], "tier": tier, "qemu": args.qemu,
     }  # fmt: skip
     with Folder(args.out or default_folder(about), about) as folder:
-        say(f"{title}: {len(patches.commits)} patches on {patches.base}; results: {folder.path}")
+        say(f"{title}: {counted(len(patches.commits), 'patch', 'patches')} on {patches.base}; results: {folder.path}")
         emulator = hardware(configs, args.qemu)
         setup = Setup(
             args.tree, title, patches, cells, emulator, base_image(say), _acceleration(cells), tier,
-            max(1, args.machines), args.jobs,
+            args.machines, args.jobs,
         )  # fmt: skip
         live = Live(patches.commits, [c.name for c in cells])
         try:

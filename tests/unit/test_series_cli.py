@@ -1,5 +1,6 @@
 """``series`` and ``bisect-run`` on the command line: what is wrong with their input is said, with its status."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 from series_toy import CASES, Tree, code
 
+from harness.cli import main
 from harness.lab.configurations import configuration
 from harness.lab.errors import LabError
 from harness.lab.hardware import Emulator
@@ -52,6 +54,19 @@ def test_wrong_words(tmp_path, words, said):
     status, text = harness("series", *words, "--tree", tmp_path)
     assert status == 2
     assert said in text
+
+
+@pytest.mark.parametrize("option", ["--machines", "--jobs"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
+def test_a_senseless_number(option, value):
+    status, text = harness("series", f"{option}={value}")
+    assert (status, "give a number, 1 or more" in text) == (2, True)
+
+
+def test_results_in_a_file(tree, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, text = harness("series", "base..main", "--tree", tree.path, "--out", tmp_path / "file")
+    assert (status, "file: cannot write there: it is no folder; give another --out" in text) == (2, True)
 
 
 def test_an_unknown_range(tree):
@@ -98,9 +113,20 @@ def test_a_full_disk(tmp_path):
 # --- git bisect run ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--bogus"], ["--tier", "auto"], ["--config", "vax"]])
+@pytest.mark.parametrize(
+    "words", [["--bogus"], ["--tier", "auto"], ["--config", "vax"], ["-k", "("], ["--machines", "0"], ["--jobs", "x"]]
+)
 def test_bisect_stops_at_a_command_that_cannot_be_used(tree, words):
     assert harness("bisect-run", "--tree", tree.path, *words)[0] == UNUSABLE
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no room"), RuntimeError("a defect of ours")])
+def test_bisect_never_takes_an_error_of_ours_for_a_bad_commit(error, monkeypatch):
+    def fails(args):
+        raise error
+
+    monkeypatch.setattr("harness.series.bisect.bisect_run", fails)
+    assert main(["bisect-run"]) == UNUSABLE
 
 
 def test_bisect_stops_without_a_tree(tmp_path):
