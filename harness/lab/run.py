@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -310,7 +311,8 @@ class StatusLine:
         else:
             text = f"booting {tally.boots} of {counted(run.machines, 'machine')}"
         text = f"{self._cell}: {text}, {now - tally.began:.0f} s"
-        self._stream.write(f"\r\x1b[K{text}" if self._tty else f"{text}\n")
+        room = shutil.get_terminal_size().columns - 1  # a full line would wrap, and leave the rest behind
+        self._stream.write(f"\r\x1b[K{text[:room]}" if self._tty else f"{text}\n")
         self._stream.flush()
         self._shown = self._tty
 

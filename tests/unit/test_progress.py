@@ -3,9 +3,11 @@
 import errno
 import io
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from harness.lab.run import StatusLine
 from harness.report.progress import Progress
 from harness.verdict import Verdict
 
@@ -116,3 +118,20 @@ def test_a_dumb_terminal_is_none(monkeypatch, term):
     progress = Progress(out)
     progress.wait("not shown")
     assert out.getvalue() == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_line_of_a_cell_does_not_wrap(monkeypatch):
+    """The names of Debian's kernels are long."""
+    monkeypatch.setenv("COLUMNS", "80")
+    moments = iter((0.0, 100.0))
+    monkeypatch.setattr("harness.lab.run.time.monotonic", lambda: next(moments))
+    tally = SimpleNamespace(done=12345, total=33862, rate=1234.0, bad=0, began=0.0)
+    out = Terminal()
+    StatusLine("svm-shadow × 7.3.4+deb13-cloud-amd64", out).update(SimpleNamespace(tally=tally, machines=2))
+    assert out.getvalue().startswith("\r\x1b[Ksvm-shadow × 7.3.4+deb13-cloud-amd64: 12345/33862 cases, 1,234 checks/s")
+    assert len(out.getvalue().removeprefix("\r\x1b[K")) == 79
