@@ -96,21 +96,20 @@ def halting_cases(host: Host, count: int) -> list[Case]:
 def recorded_requests() -> Iterator[list[int]]:
     """The vCPU ioctls that happen inside, in order."""
     seen: list[int] = []
-    plain, transfer = k.ioctl, vm_module.transfer
+    plain = {name: vars(vm_module)[name] for name in ("ioctl", "plain_ioctl", "enter")}
 
-    def ioctl(fd: int, request: int, arg: Any = 0) -> int:
-        seen.append(request)
-        return plain(fd, request, arg)
+    def recorded(name: str) -> Callable[..., Any]:
+        def call(fd: int, request: int = k.KVM_RUN, *arg: Any) -> Any:
+            seen.append(request)
+            return plain[name](fd) if name == "enter" else plain[name](fd, request, *arg)
 
-    def recorded_transfer(fd: int, request: int, data: bytes | bytearray) -> None:
-        seen.append(request)
-        transfer(fd, request, data)
+        return call
 
-    vars(vm_module).update(ioctl=ioctl, transfer=recorded_transfer)
+    vars(vm_module).update((name, recorded(name)) for name in plain)
     try:
         yield seen
     finally:
-        vars(vm_module).update(ioctl=plain, transfer=transfer)
+        vars(vm_module).update(plain)
 
 
 def names_of(requests: Iterable[int]) -> str:

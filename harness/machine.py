@@ -10,7 +10,7 @@ import ctypes
 import errno
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from harness import kvm_ioctl as k
 from harness.case import (
@@ -54,6 +54,8 @@ from harness.vm import RUN_LIMIT, SYNC, Kvm, KvmUnusableError, RunTimeoutError, 
 
 Sections = tuple[str, ...]
 _HALT: Final = Halt()
+_HLT: Final = k.KVM_EXIT_HLT
+_NOTHING: Final[Mapping[Any, Any]] = {}
 _NO_PKRU: Final = bytes(4)
 _INTERRUPTED: Final = Interrupted()
 KICK_AFTER: Final = 0.01
@@ -158,7 +160,8 @@ class KvmMachine:
         self._reads = 0
         self._sections: Sections = ()
         self._shared: Sections = ()
-        self._unmirrored: Sections = ()
+        self._read_all: Sections = ()  # all but the MSRs, which are asked for by index
+        self._unmirrored: Sections = ()  # those of them that KVM does not store into kvm_run
         self._msrs: tuple[tuple[int, int], ...] | None = None
         self._requires: frozenset[str] = frozenset()
         self._msr_indices: tuple[int, ...] = ()
@@ -210,7 +213,8 @@ class KvmMachine:
         self._msr_indices = tuple([index for index, _ in self._msrs])
         if names is not self._sections:
             self._sections, self._shared = names, tuple(name for name in SHARED if name in names)
-            self._unmirrored = tuple(name for name in names if name not in ("regs", "sregs2", "events"))
+            self._read_all = tuple(name for name in names if name != "msrs")
+            self._unmirrored = tuple(name for name in self._read_all if name not in ("regs", "sregs2", "events"))
 
     def _add_vcpus(self, warm: Warm, case: Case) -> None:
         """Those beside the Case's own. A VM of several vCPUs serves one Case: it stays poisoned."""
@@ -262,7 +266,7 @@ class KvmMachine:
 
     # --- actions ---
 
-    def apply(self, action: Action) -> Iterator[Observation]:
+    def apply(self, action: Action) -> Iterable[Observation]:
         """Do one action; see harness/case.py for their meaning."""
         return self._run(action) if isinstance(action, Run) else self._act(action)
 
@@ -297,16 +301,26 @@ class KvmMachine:
             case _:
                 raise TypeError(f"no such action: {action!r}")
 
-    def _run(self, action: Run) -> Iterator[Observation]:
+    def _run(self, action: Run) -> Iterable[Observation]:
+        """Up to the first exit at once: for most Cases, it is the HLT that ends them."""
         vcpu = self.vcpu
+        try:
+            reason = vcpu.run(self.limit)
+        except RunTimeoutError:
+            return (self._timed_out(),)
+        if reason == _HLT:
+            self._pending = False
+            return (Observation(_HALT, self._observe(vcpu), _NOTHING, _NOTHING, _NOTHING, _NOTHING),)
+        return self._exits(action, vcpu, reason)
+
+    def _exits(self, action: Run, vcpu: Vcpu, reason: int) -> Iterator[Observation]:
+        """From an exit on."""
         done = 0
-        following: int | None = None
         try:
             while True:
-                reason = following if following is not None else vcpu.run(self.limit)
                 exit_ = self._exit(reason)
                 done += 1
-                following = None
+                following: int | None = None
                 self._pending = False
                 if not exit_.comparable:
                     self._poisoned = True
@@ -323,9 +337,13 @@ class KvmMachine:
                 yield Observation(exit_, {} if following is not None else self._observe(vcpu))
                 if exit_.terminal or done >= action.limit or isinstance(exit_, IrqWindow):
                     return
+                reason = following if following is not None else vcpu.run(self.limit)
         except RunTimeoutError:
-            self._poisoned = True
-            yield Observation(Timeout(self.limit), {})
+            yield self._timed_out()
+
+    def _timed_out(self) -> Observation:
+        self._poisoned = True
+        return Observation(Timeout(self.limit), {})
 
     def _observe(self, vcpu: Vcpu) -> dict[str, bytes]:
         """The visible state at an exit, remembered for the next start state."""
@@ -340,8 +358,9 @@ class KvmMachine:
 
     def _read(self, vcpu: Vcpu) -> dict[str, bytes]:
         out = vcpu.mirrored() if self._sync else {}
-        for name in self._unmirrored if out else self._sections:
-            out[name] = vcpu.get_msrs(self._msr_indices) if name == "msrs" else vcpu.get(name)
+        vcpu.read(self._unmirrored if out else self._read_all, out)
+        if self._msr_indices:
+            out["msrs"] = vcpu.get_msrs(self._msr_indices)
         return out
 
     def state(self) -> CpuState:
@@ -512,13 +531,9 @@ class KvmMachine:
     def memory_diff(self, pages: Pages, ignore: Mapping[int, int]) -> list[MemoryDiff]:
         """Where RAM differs from the Case's initial contents overlaid with ``pages``, bits of ``ignore`` left aside."""
         warm = self._loaded()
-        if warm.equal(pages):
+        if warm.equal(pages) or (ignore and warm.equal(pages := self._settled(pages, ignore))):
             return []
         assert self._case is not None
-        if ignore:
-            pages = self._settled(pages, ignore)
-            if warm.equal(pages):
-                return []
         out: list[MemoryDiff] = []
         for slot, ram in warm.vm.ram.items():
             expected = bytearray(self._case.memory.image(slot))

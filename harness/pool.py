@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from mmap import mmap
 from operator import attrgetter
 from typing import Final
@@ -21,6 +21,7 @@ from harness.vm import Kvm, Vcpu, Vm
 _libc = ctypes.CDLL(None)
 _memcmp: Callable[[int, int, int], int] = _libc.memcmp
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_NO_PAGES: Final = ()
 _IDLE: Final = VmShape(slots=())
 _CR4_BYTE1, _EFER_BYTE1 = 249, 265  # in kvm_sregs and kvm_sregs2
 _VMXE, _SVME = 1 << 5, 1 << 4  # bit 13 of CR4, bit 12 of EFER
@@ -36,6 +37,7 @@ class Warm:
         except BaseException:
             self.vm.close()
             raise
+        self._shape, self._profile = shape, profile
         self.others: list[Vcpu] = []
         """Further vCPUs, made for the one Case that this VM then serves."""
         self.pkru = bytes(4)
@@ -54,7 +56,7 @@ class Warm:
 
     def serves(self, shape: VmShape, profile: CpuProfile) -> bool:
         """Whether this is the VM for such a Case; not once its guest may have nested state, which no section shows."""
-        return self.vm.shape is shape and self.vcpu.profile is profile and not may_be_nested(self.seen)
+        return self._shape is shape and self._profile is profile and not may_be_nested(self.seen)
 
     # --- registers ---
 
@@ -85,7 +87,7 @@ class Warm:
     def equal(self, pages: Pages) -> bool:
         """Whether RAM is, to the byte, the initial contents of :meth:`load` overlaid with ``pages``."""
         for ram in self._ram:
-            if not ram.equal(pages):
+            if not (ram.equal(pages) if pages else ram.untouched()):
                 return False
         self._clean, self._equal_epoch = not pages, self.vcpu.epoch
         return True
@@ -95,10 +97,10 @@ class _Ram:
     """The RAM of one slot, beside the bytes that it was laid out from. ``dirty``: offsets of pages that differ."""
 
     def __init__(self, slot: Slot, ram: mmap, address: int) -> None:
-        self.slot, self._ram, self._address = slot, ram, address
+        self.slot, self._ram, self._address, self._size = slot, ram, address, slot.size
         self._image = b""
         self._image_address = 0
-        self._dirty: list[int] = []
+        self._dirty: Sequence[int] = _NO_PAGES
 
     def load(self, image: bytes, *, known: bool, write: bool) -> None:
         """Take ``image``. ``known``: the last :meth:`equal` was right, and RAM is still what it was then."""
@@ -116,12 +118,17 @@ class _Ram:
         """Whether the slot holds the image overlaid with ``pages``."""
         first, size = self.slot.gpa, self.slot.size
         start = 0
-        self._dirty = sorted([gpa - first for gpa in pages if first <= gpa < first + size]) if pages else []
+        self._dirty = sorted([gpa - first for gpa in pages if first <= gpa < first + size])
         for offset in self._dirty:
             if self._differ(start, offset) or self._ram[offset : offset + PAGE] != pages[first + offset]:
                 return False
             start = offset + PAGE
         return not self._differ(start, size)
+
+    def untouched(self) -> bool:
+        """Whether the slot holds the image: ``equal({})``."""
+        self._dirty = _NO_PAGES
+        return not _memcmp(self._address, self._image_address, self._size)
 
     def _differ(self, start: int, end: int) -> int:
         return _memcmp(self._address + start, self._image_address + start, end - start) if start < end else 0

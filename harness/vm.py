@@ -18,9 +18,9 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import get_ident
 from time import monotonic
@@ -30,16 +30,16 @@ from typing import Final, Self
 from harness import kvm_ioctl as k
 from harness.case import Memory, Slot, VmShape
 from harness.cpuid import CpuidEntry, CpuProfile
-from harness.kvm_ioctl import Argument, ioctl
+from harness.kvm_ioctl import Argument, enter, ioctl
 
 DEFAULT_DEVICE: Final = Path("/dev/kvm")
 API_VERSION: Final = 12
 RUN_LIMIT: Final = 5.0
 """Seconds that one KVM_RUN may take. The longest guest of the suite takes milliseconds, minutes are a hang."""
 
+plain_ioctl = fcntl.ioctl
 _SMM_SPACE: Final = 1 << 16  # address space 1, of a slot (api.rst 4.35, KVM_CAP_MULTI_ADDRESS_SPACE)
 _KICK: Final = signal.SIGRTMIN + 3
-_RUN: Final = k.KVM_RUN
 _NEVER: Final = math.inf
 _XSAVE_HEADER: Final = 512
 _APX, _PKRU = 19, 9
@@ -274,8 +274,11 @@ class Vcpu(_Owner):
         self.epoch = 0  # counts what may have changed the vCPU or RAM
         self._expired = False
         self._xsave = k.xsave(vm.kvm.xsave_size)
-        self._buffers = {name: (get, bytearray(size)) for name, (get, _, size) in _STRUCTURES.items()}
-        self._xcrs = bytearray(ctypes.sizeof(k.kvm_xcrs))
+        # What some sections are read with: request, buffer, and what of it is the section.
+        self._buffers: dict[str, tuple[int, bytearray, memoryview]] = {}
+        for name, (get, _, size) in _STRUCTURES.items():
+            buffer = bytearray(size)
+            self._buffers[name] = get, buffer, memoryview(buffer)
         self._egpr_offset = profile.xsave_offset(_APX) if profile else None
         self._pkru_offset = profile.xsave_offset(_PKRU) if profile else None
         self.deadline, self.thread = _NEVER, 0
@@ -308,22 +311,27 @@ class Vcpu(_Owner):
         Raises RunTimeoutError after ``limit`` seconds, KvmError for EIO (the kernel killed the VM) and the like.
         """
         self.epoch += 1
+        self._dirty = False
         self.thread = get_ident()
         self.deadline = monotonic() + limit
         try:
-            while True:
-                try:
-                    self._dirty = False
-                    ioctl(self.fd, _RUN)
-                    self._mirrored = True
-                    return self.run_page.exit_reason
-                except (InterruptedError, BlockingIOError):
-                    if self._expired:
-                        self._expired = False
-                        self.run_page.immediate_exit = 0
-                        raise RunTimeoutError(f"the guest did not leave KVM_RUN within {limit:g} s") from None
+            enter(self.fd)
+        except (InterruptedError, BlockingIOError):
+            self._enter_again(limit)
         finally:
             self.deadline = _NEVER
+        self._mirrored = True
+        return self.run_page.exit_reason
+
+    def _enter_again(self, limit: float) -> None:
+        """KVM_RUN came back without an exit: until it has one, or is out of time."""
+        while True:
+            if self._expired:
+                self._expired = False
+                self.run_page.immediate_exit = 0
+                raise RunTimeoutError(f"the guest did not leave KVM_RUN within {limit:g} s") from None
+            with suppress(InterruptedError, BlockingIOError):
+                return enter(self.fd)
 
     def complete(self, limit: float = RUN_LIMIT) -> int | None:
         """Complete the pending operation without running on. None, or the reason of a further exit that it led to.
@@ -337,7 +345,7 @@ class Vcpu(_Owner):
         self.run_page.immediate_exit = 1
         self._dirty, self._mirrored = False, True  # KVM stores into kvm_run on EINTR too
         try:
-            ioctl(self.fd, _RUN)
+            enter(self.fd)
             return self.run_page.exit_reason
         except InterruptedError:
             if self._expired:
@@ -375,9 +383,9 @@ class Vcpu(_Owner):
 
     def sync_put(self, name: str, data: bytes) -> None:
         """Set a section through kvm_run at the next KVM_RUN."""
-        offset, size, bit = SYNC[name]
+        where, bit = _SYNC_PUT[name]
         self.epoch += 1
-        self._sync[offset : offset + size] = data
+        self._sync[where] = data
         self.run_page.kvm_dirty_regs = self.run_page.kvm_dirty_regs | bit if self._dirty else bit
         self._dirty = True
 
@@ -397,16 +405,30 @@ class Vcpu(_Owner):
             if waiting & bit:
                 self.put(name, bytes(self._sync[offset : offset + size]))
 
-    def get(self, name: str) -> bytes:
-        """Read a section. KvmError when this KVM cannot; KeyError for a name not in harness.state.SECTIONS."""
+    def read(self, names: Sequence[str], into: dict[str, bytes]) -> dict[str, bytes]:
+        """``into`` with the sections ``names``, as :meth:`get` reads each of them."""
         if self._dirty:
             self._flush()
-        found = self._buffers.get(name)
-        if found is not None:
-            request, buffer = found
-            transfer(self.fd, request, buffer)
-            return bytes(buffer)
-        return _GETTERS[name](self)
+        fd, buffers, call = self.fd, self._buffers, plain_ioctl
+        request = 0
+        try:
+            for name in names:
+                found = buffers.get(name)
+                if found is None:
+                    into[name] = _GETTERS[name](self)
+                else:
+                    request, buffer, shown = found
+                    call(fd, request, buffer)
+                    into[name] = shown.tobytes()
+        except OSError as error:
+            if isinstance(error, k.KvmError):
+                raise
+            raise k.KvmError(request, error.errno or 0) from None
+        return into
+
+    def get(self, name: str) -> bytes:
+        """Read a section. KvmError when this KVM cannot; KeyError for a name not in harness.state.SECTIONS."""
+        return self.read((name,), {})[name]
 
     def put(self, name: str, data: bytes) -> None:
         """Write a section (the inverse of :meth:`get`)."""
@@ -424,30 +446,31 @@ class Vcpu(_Owner):
 
     def get_msrs(self, indices: tuple[int, ...]) -> bytes:
         """Pairs (index, value) of u64 for the MSRs asked for. LookupError names the first that KVM refused."""
-        buffer = k.msrs(len(indices))
-        for i, index in enumerate(indices):
-            buffer.entries[i].index = index
-        got = ioctl(self.fd, k.KVM_GET_MSRS, buffer)
+        if self._dirty:
+            self._flush()
+        buffer = bytearray(_msr_request(indices))
+        got = transfer(self.fd, k.KVM_GET_MSRS, buffer)
         if got != len(indices):
             raise LookupError(f"KVM_GET_MSRS refused MSR {indices[got]:#x}")
-        return b"".join(struct.pack("<QQ", buffer.entries[i].index, buffer.entries[i].data) for i in range(got))
+        return bytes(buffer[_MSR_ENTRIES:])
 
     def put_msrs(self, data: bytes) -> None:
         """Set MSRs from pairs as :meth:`get_msrs` returns them. LookupError names the first that KVM refused."""
-        values = list(struct.iter_unpack("<QQ", data))
-        if not values:
+        count = len(data) // 16
+        if not count:
             return
-        buffer = k.msrs(len(values))
-        for i, (index, value) in enumerate(values):
-            buffer.entries[i].index, buffer.entries[i].data = index, value
-        done = ioctl(self.fd, k.KVM_SET_MSRS, buffer)
-        if done != len(values):
-            raise LookupError(f"KVM_SET_MSRS refused MSR {values[done][0]:#x} = {values[done][1]:#x}")
+        done = transfer(self.fd, k.KVM_SET_MSRS, bytearray(struct.pack("<Q", count) + data))
+        if done != count:
+            index, value = struct.unpack_from("<QQ", data, 16 * done)
+            raise LookupError(f"KVM_SET_MSRS refused MSR {index:#x} = {value:#x}")
 
     def _get_xcr0(self) -> bytes:
-        xcrs = self._xcrs
+        xcrs = bytearray(ctypes.sizeof(k.kvm_xcrs))
         transfer(self.fd, k.KVM_GET_XCRS, xcrs)
-        return bytes(xcrs[_XCR0]) if xcrs[0] else _XCR0_RESET  # nr_xcrs, 16 at most
+        if not xcrs[0]:  # nr_xcrs, 16 at most: none on a host without XSAVE
+            return _XCR0_RESET
+        self._buffers["xcr0"] = k.KVM_GET_XCRS, xcrs, memoryview(xcrs)[_XCR0]  # from now on
+        return bytes(xcrs[_XCR0])
 
     def _put_xcr0(self, data: bytes) -> None:
         buffer = k.kvm_xcrs(nr_xcrs=1)
@@ -505,15 +528,22 @@ class Vcpu(_Owner):
         ioctl(self.fd, k.KVM_SET_ONE_REG, reg)
 
 
-def transfer(fd: int, request: int, data: bytes | bytearray) -> None:
-    """An ioctl that fills a bytearray or reads bytes of up to 1024 bytes: a tenth less time than by way of ctypes.
+def transfer(fd: int, request: int, data: bytes | bytearray) -> int:
+    """An ioctl that reads bytes, or reads and fills a bytearray, and returns a number (for bytes, nothing of use).
 
-    ``data`` must be as long as the structure. Raises KvmError.
+    A third less time than by way of ctypes. ``data`` must be as long as the structure, and have up to 1024 bytes.
+    Raises KvmError.
     """
     try:
-        fcntl.ioctl(fd, request, data)
+        return plain_ioctl(fd, request, data)  # type: ignore[return-value]  # bytes for bytes
     except OSError as error:
         raise k.KvmError(request, error.errno or 0) from None
+
+
+@lru_cache(maxsize=64)
+def _msr_request(indices: tuple[int, ...]) -> bytes:
+    """``struct kvm_msrs`` that asks for ``indices``; its entries (index, reserved, data) are pairs of u64."""
+    return struct.pack(f"<Q{2 * len(indices)}Q", len(indices), *(x for index in indices for x in (index, 0)))
 
 
 # Section -> (get, set, size in bytes)
@@ -547,6 +577,8 @@ SYNC: Final[Mapping[str, tuple[int, int, int]]] = {
     )
 }
 
+_SYNC_PUT: Final = {name: (slice(offset, offset + size), bit) for name, (offset, size, bit) in SYNC.items()}
+
 
 def _offset(structure: type[ctypes.Structure], name: str) -> int:
     offset: int = getattr(structure, name).offset
@@ -565,3 +597,4 @@ _EFER_LMA: Final = _offset(k.kvm_sregs, "efer") + 1
 _XCR0_AT: Final = _offset(k.kvm_xcrs, "xcrs") + _offset(k.kvm_xcr, "value")
 _XCR0: Final = slice(_XCR0_AT, _XCR0_AT + 8)
 _XCR0_RESET: Final = struct.pack("<Q", 1)
+_MSR_ENTRIES: Final = ctypes.sizeof(k.kvm_msrs)
