@@ -18,7 +18,7 @@ from harness.cpuid import CpuProfile
 from harness.state import SEGMENT_NAMES, CpuState, pack_sections
 from harness.vm import Kvm, Vcpu, Vm
 
-_libc = ctypes.CDLL(None)
+_libc = ctypes.PyDLL(None)  # keeps the GIL: giving it away takes as long as comparing some KiB
 _memcmp: Callable[[int, int, int], int] = _libc.memcmp
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _NO_PAGES: Final = ()
@@ -56,7 +56,9 @@ class Warm:
 
     def serves(self, shape: VmShape, profile: CpuProfile) -> bool:
         """Whether this is the VM for such a Case; not once its guest may have nested state, which no section shows."""
-        return self._shape is shape and self._profile is profile and not may_be_nested(self.seen)
+        if self._shape is not shape or self._profile is not profile:
+            return False
+        return self._seen_epoch != self.vcpu.epoch or not may_be_nested(self._seen)
 
     # --- registers ---
 
@@ -87,7 +89,7 @@ class Warm:
     def equal(self, pages: Pages) -> bool:
         """Whether RAM is, to the byte, the initial contents of :meth:`load` overlaid with ``pages``."""
         for ram in self._ram:
-            if not (ram.equal(pages) if pages else ram.untouched()):
+            if ram.differs(pages):
                 return False
         self._clean, self._equal_epoch = not pages, self.vcpu.epoch
         return True
@@ -114,21 +116,19 @@ class _Ram:
         self._image = image
         self._image_address = ctypes.cast(ctypes.c_char_p(image), ctypes.c_void_p).value or 0
 
-    def equal(self, pages: Pages) -> bool:
-        """Whether the slot holds the image overlaid with ``pages``."""
+    def differs(self, pages: Pages) -> int:
+        """Whether the slot holds anything else than the image overlaid with ``pages``."""
+        if not pages:
+            self._dirty = _NO_PAGES
+            return _memcmp(self._address, self._image_address, self._size)
         first, size = self.slot.gpa, self.slot.size
         start = 0
         self._dirty = sorted([gpa - first for gpa in pages if first <= gpa < first + size])
         for offset in self._dirty:
             if self._differ(start, offset) or self._ram[offset : offset + PAGE] != pages[first + offset]:
-                return False
+                return True
             start = offset + PAGE
-        return not self._differ(start, size)
-
-    def untouched(self) -> bool:
-        """Whether the slot holds the image: ``equal({})``."""
-        self._dirty = _NO_PAGES
-        return not _memcmp(self._address, self._image_address, self._size)
+        return self._differ(start, size)
 
     def _differ(self, start: int, end: int) -> int:
         return _memcmp(self._address + start, self._image_address + start, end - start) if start < end else 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import itemgetter
 from typing import Any, Final
 
 MASK64: Final = (1 << 64) - 1
@@ -304,6 +305,7 @@ def _empty(flat: Mapping[str, int], segment: str) -> bool:
 
 _KVM_REGS: Final = struct.Struct("<18Q")
 _KVM_REGS_ORDER: Final = (0, 3, 1, 2, 6, 7, 4, 5, *range(8, 16))  # rax rbx rcx rdx rsi rdi rsp rbp r8..r15
+_in_kvm_order: Final = itemgetter(*_KVM_REGS_ORDER)
 _SEGMENT: Final = struct.Struct("<QIH9Bx")
 _SREGS_SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr")
 _DTABLE: Final = struct.Struct("<QH6x")
@@ -320,11 +322,7 @@ _EVENTS_VALID_NMI_PENDING, _EVENTS_VALID_SHADOW, _EVENTS_VALID_SMM = 1, 4, 8
 
 def pack_regs(s: CpuState) -> bytes:
     """``struct kvm_regs`` (144 bytes)."""
-    g = s.gpr
-    return _KVM_REGS.pack(
-        g[0], g[3], g[1], g[2], g[6], g[7], g[4], g[5], g[8], g[9], g[10], g[11], g[12], g[13], g[14], g[15],
-        s.rip, s.rflags,
-    )  # fmt: skip
+    return _KVM_REGS.pack(*_in_kvm_order(s.gpr), s.rip, s.rflags)
 
 
 def _segment_tuple(s: Segment) -> tuple[int, ...]:

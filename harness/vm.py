@@ -375,11 +375,9 @@ class Vcpu(_Owner):
         """
         if not self._mirrored or self._dirty:
             return {}
-        image = self._sync.tobytes()
-        head = image[_SREGS_HEAD]
+        regs, head, events = _STORED.unpack_from(self._sync)
         pae = head[_CR0_PG] & 0x80 and head[_CR4_PAE] & 0x20 and not head[_EFER_LMA] & 4
-        sregs2 = self.get("sregs2") if pae else head + _NO_PDPTRS
-        return {"regs": image[_SYNC_REGS], "sregs2": sregs2, "events": image[_SYNC_EVENTS]}
+        return {"regs": regs, "sregs2": self.get("sregs2") if pae else head + _NO_PDPTRS, "events": events}
 
     def sync_put(self, name: str, data: bytes) -> None:
         """Set a section through kvm_run at the next KVM_RUN."""
@@ -585,11 +583,11 @@ def _offset(structure: type[ctypes.Structure], name: str) -> int:
     return offset
 
 
-# What of kvm_sregs is in kvm_sregs2 too (all but the interrupt bitmap) as it lies in kvm_run.s, and bytes in it.
+# kvm_regs, what of kvm_sregs is in kvm_sregs2 too (all but the interrupt bitmap), and kvm_vcpu_events in kvm_run.s.
 _SREGS_SHARED: Final = _offset(k.kvm_sregs, "interrupt_bitmap")
-_SREGS_HEAD: Final = slice(SYNC["sregs"][0], SYNC["sregs"][0] + _SREGS_SHARED)
-_SYNC_REGS: Final = slice(SYNC["regs"][0], SYNC["regs"][0] + SYNC["regs"][1])
-_SYNC_EVENTS: Final = slice(SYNC["events"][0], SYNC["events"][0] + SYNC["events"][1])
+_STORED: Final = struct.Struct(
+    f"{SYNC['regs'][1]}s{_SREGS_SHARED}s{SYNC['sregs'][1] - _SREGS_SHARED}x{SYNC['events'][1]}s"
+)
 _NO_PDPTRS: Final = bytes(ctypes.sizeof(k.kvm_sregs2) - _SREGS_SHARED)
 _CR0_PG: Final = _offset(k.kvm_sregs, "cr0") + 3
 _CR4_PAE: Final = _offset(k.kvm_sregs, "cr4")
