@@ -6,6 +6,7 @@ Sources: SDM vol. 2A CPUID, APM vol. 3 appendix E, Intel APX specification (leaf
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -82,6 +83,13 @@ class CpuProfile:
         """The leaves as ``struct kvm_cpuid2`` lays them out, for KVM_SET_CPUID2."""
         rows = (_ENTRY.pack(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in self.cpuid)
         return _HEAD.pack(len(self.cpuid)) + b"".join(rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the leaves."""
+        import hashlib  # when it is used: see harness/case.py
+
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
 
     @cached_property
     def vendor(self) -> str:

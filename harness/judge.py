@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -57,12 +59,18 @@ class Limits(Protocol):
         """Why a difference is a limit and no defect, or an empty string."""
 
 
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    """What fnmatchcase would find for one of them."""
+    return re.compile("|".join(map(fnmatch.translate, patterns)) or r"(?!)")
+
+
 class Judge:
     """Gives verdicts. ``known`` are the divergences that are expected of this KVM."""
 
     def __init__(self, limits: Limits, known: Sequence[KnownDivergence] = ()) -> None:
         self.limits = limits
         self._known = known
+        self._patterns: tuple[re.Pattern[str], list[tuple[re.Pattern[str], KnownDivergence]]] | None = None
 
     def skip(self, case: Case) -> Result | None:
         """The result of a Case that need not be run, None for one that must."""
@@ -71,7 +79,12 @@ class Judge:
 
     def covered(self, name: str) -> list[KnownDivergence]:
         """The known divergences that speak of this Case, here."""
-        return [row for row in self._known if row.covers(name, self.limits.module)]
+        if self._patterns is None:
+            here = [row for row in self._known if row.is_for(self.limits.module)]
+            each = [(_any_of(row.cases), row) for row in here]
+            self._patterns = _any_of([pattern for row in here for pattern in row.cases]), each
+        some, each = self._patterns
+        return [row for pattern, row in each if pattern.match(name)] if some.match(name) else []
 
     def simple(self, name: str) -> bool:
         """Nothing is said of this Case beforehand: if it agrees, that is all."""

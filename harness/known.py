@@ -80,7 +80,11 @@ class KnownDivergence:
 
     def covers(self, case_name: str, module: str) -> bool:
         """This row speaks of this Case on this host."""
-        return any(fnmatchcase(module, p) for p in self.module) and any(fnmatchcase(case_name, p) for p in self.cases)
+        return self.is_for(module) and any(fnmatchcase(case_name, p) for p in self.cases)
+
+    def is_for(self, module: str) -> bool:
+        """This row speaks of hosts with this vendor module."""
+        return any(fnmatchcase(module, p) for p in self.module)
 
     def explains(self, case: Case, difference: Difference) -> bool:
         """Everything that differs is what this row names, with exactly the wrong value."""

@@ -147,9 +147,9 @@ def lockstep(case: Case, left: Machine, right: ComparableMachine) -> Outcome:
                 expected = _batch(expected, wanted, got.exit.count)
             checks += 1
             alike = expected.sections == got.sections
-            if alike and got.sections and not expected.pages_ignore and same_exit(expected.exit, got.exit):
-                if not right.memory_diff(expected.pages, _NOTHING):
-                    continue  # the same to the byte, as nearly always
+            plain = alike and got.sections and not expected.pages_ignore and same_exit(expected.exit, got.exit)
+            if plain and not right.memory_diff(expected.pages, _NOTHING):
+                continue  # the same to the byte, as nearly always
             found = compare(checks - 1, number, expected, got, right, alike)
             if found is not None:
                 return Outcome(checks, found, allowed)

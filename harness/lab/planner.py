@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from harness.case import Case, profile_digest
+from harness.case import Case
 from harness.guest import GUESTS_DIR
 from harness.lab.cache import Progress, cached, digest, digest_tree, prune
 from harness.lab.configurations import Configuration
@@ -34,7 +34,7 @@ def plan_key(configuration: Configuration, profile: Profile, tier: str) -> str:
     return digest(
         digest_tree(ROOT, map(source, closure(__name__, _FINDERS))),
         digest_tree(GUESTS_DIR, (p for p in GUESTS_DIR.iterdir() if p.is_file())),
-        profile_digest(profile.cpuid), repr(sorted(profile.features)), str(configuration.forced), tier,
+        profile.cpuid.digest, repr(sorted(profile.features)), str(configuration.forced), tier,
         repr([sorted(d.items()) for d in (profile.modes, profile.traits, profile.delivery)]),
     )  # fmt: skip
 

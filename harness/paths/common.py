@@ -132,7 +132,7 @@ def cases(
                 seed = zlib.crc32(name.encode())
                 start = start_state(base, address, seed, apx="apx" in needs & profile.features)
                 if family.iopl and n % 2:
-                    start = replace(start, rflags=start.rflags | _IOPL3)
+                    start = start.with_general(start.gpr, start.rip, start.rflags | _IOPL3)
                     if mode == "long-user":
                         needs |= {"trait:iopl3-at-long-cpl3"}
                 yield Case(
@@ -169,7 +169,7 @@ def start_state(base: Setup, address: int, seed: int, *, apx: bool = False) -> C
     for n, flag in enumerate(_ARITHMETIC_FLAGS):
         if choice >> n & 1:
             flags |= flag
-    return replace(base.state, gpr=tuple(gpr), rip=address - base.state.cs.base, rflags=flags)
+    return base.state.with_general(tuple(gpr), address - base.state.cs.base, flags)
 
 
 @lru_cache(maxsize=256)

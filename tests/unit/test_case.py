@@ -1,6 +1,7 @@
 """Case: identity, files, what makes one unusable."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from harness.case import (
     CaseError,
     Inject,
     Memory,
+    Other,
     Run,
     SaveRestore,
     SetState,
@@ -40,6 +42,37 @@ def test_json_round_trip_is_the_same_case():
     again = Case.from_json(json.loads(json.dumps(case.to_json())))
     assert again == case
     assert again.id == case.id
+
+
+def canonical_id(case):
+    """The id as it has always been: the hash of the shortest JSON of what decides what happens, keys sorted."""
+    body = case.to_json()
+    cpuid = hashlib.sha256(json.dumps(body["cpuid"]).encode()).hexdigest()
+    wanted = {name: body[name] for name in ("name", "start", "shape", "actions", "seed", "bits", "requires")}
+    wanted |= {"format": body["kvm-harness-case"], "memory": case.memory.digest, "profile": cpuid}
+    if case.others:
+        digests = [hashlib.sha256(json.dumps(o[1]).encode()).hexdigest() for o in body["others"]]
+        wanted["others"] = [[o[0], digest] for o, digest in zip(body["others"], digests, strict=True)]
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+def test_an_id_is_what_it_has_always_been():
+    """Journals, known cases and recordings refer to them."""
+    assert make().id == "d01bc4ab244d"
+    states = [
+        CpuState(rip=0x1000), CpuState(rip=0x1000, rflags=0x46), CpuState(gpr=tuple(range(32)), cr2=5),
+        CpuState().with_({"msr.star": 1, "msr.0x10": 2}), CpuState().with_({"msr.star": 2, "events.shadow": 1}),
+    ]  # fmt: skip
+    for start in states:
+        for more in ({}, {"others": (Other(states[-1]), Other(start, with_features(PROFILE, add=["bmi1"])))}):
+            case = make(start=start, name='t/"quoted" ä\u2028', **more)
+            assert case.id == canonical_id(case)
+
+
+def test_what_is_kept_between_ids_does_not_depend_on_their_order():
+    shadow = CpuState().with_({"events.shadow": True, "rax": 3})
+    ids = {make(start=start).id for start in (shadow, CpuState().with_({"events.shadow": 1, "rax": 3}))}
+    assert len(ids) == 1
 
 
 @pytest.mark.parametrize(
