@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import threading
 import time
 from dataclasses import replace
@@ -232,6 +233,65 @@ def test_a_case_that_differs_leaves_nothing_of_its_vm_to_the_next(machine, host)
     assert not execute(wrong, Recording(expected), machine).clean
     assert execute(right, Recording(expected), machine).clean
     assert machine.vcpu is not vcpu
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("changes", [
+    {"dr0": 0x1234}, {"cr2": 0x99}, {"fs.base": 0x70}, {"idtr.limit": 0x2FF}, {"xcr0": 3}, {"msr.star": 0x55},
+    {"cr8": 3}, {"rflags": 0xCD7}, {"r8": 1}, {"events.nmi_masked": 1},
+])  # fmt: skip
+def test_nothing_that_is_kept_between_cases_outlives_its_register(kvm, host, sync, changes):
+    """Each register of a Case is that of the Case, whatever those before it had, and in whichever order they came."""
+    if "xcr0" in changes and not {"xsave", "sse"} <= host.profile.features:
+        pytest.skip("no XSAVE in the guest CPUID")
+    clean = START.with_({"msr.star": 0})
+    cases = [real_mode(host, "f4", start=start) for start in (clean, clean.with_(changes))]
+    with KvmMachine(kvm, sync=sync) as fresh:
+        want = [run(fresh, case)[-1].sections for case in cases]
+    assert want[0] != want[1]
+    with KvmMachine(kvm, sync=sync) as machine:
+        for n in (0, 1, 1, 0, 0, 1):
+            assert lockstep(cases[n], ReferenceMachine(), machine).difference is None
+            assert machine.sections() == want[n]
+
+
+def test_memory_that_the_last_case_left_is_not_the_next_ones(machine, host):
+    """The last Case's RAM was seen to differ from its image, or not looked at: either way it is laid out anew."""
+    writes, reads = real_mode(host, "c6075a f4"), real_mode(host, "8a07 f4")  # mov byte [bx], 0x5a; mov al, [bx]
+    reads = replace(reads, memory=replace(reads.memory, blobs=(*reads.memory.blobs, Blob(0x3000, b"x"))))
+    again = replace(writes, name="again")
+    for case in (writes, reads, writes, again, reads, reads):
+        assert lockstep(case, ReferenceMachine(), machine).difference is None, case.name
+    run(machine, writes)
+    assert state_of(run(machine, real_mode(host, "8a07 f4"))[-1]).gpr[0] == 0
+
+
+def test_msrs_arrive_in_their_order_and_the_refused_one_is_named(vcpu):
+    wanted = (0xC0000081, 0x174, 0xC0000083)  # STAR, SYSENTER_CS, CSTAR
+    pairs = b"".join(struct.pack("<QQ", index, 0x10 + n) for n, index in enumerate(wanted))
+    vcpu.put_msrs(pairs)
+    assert vcpu.get_msrs(wanted) == pairs
+    assert vcpu.get_msrs(()) == b""
+    with pytest.raises(LookupError, match="KVM_GET_MSRS refused MSR 0x4fffffff"):
+        vcpu.get_msrs((0x174, 0x4FFFFFFF))
+    with pytest.raises(LookupError, match="KVM_SET_MSRS refused MSR 0x4fffffff = 0x7"):
+        vcpu.put_msrs(pairs + struct.pack("<QQ", 0x4FFFFFFF, 7))
+
+
+@pytest.mark.parametrize("enter", [k.enter_by_fcntl, k.enter_by_libc])
+def test_both_ways_into_kvm_run_say_the_same(monkeypatch, machine, host, enter):
+    """Which of them is used depends on Python's version."""
+    monkeypatch.setattr("harness.vm.enter", enter)
+    io, halt = run(machine, real_mode(host, "e610 f4"))
+    assert (io.exit.kind, halt.exit) == ("io", Halt())
+    assert run(machine, real_mode(host, "ebfe"))[0].exit == Timeout(0.4)
+    assert run(machine, real_mode(host, "f4"))[-1].exit == Halt()
+    machine.vcpu.run_page.immediate_exit = 1
+    with pytest.raises(InterruptedError):
+        enter(machine.vcpu.fd)
+    machine.vcpu.run_page.immediate_exit = 0
+    with pytest.raises(k.KvmError, match="KVM_RUN: EINVAL"):
+        enter(machine.kvm.fd)
 
 
 def test_sync_regs_and_ioctls_show_the_same(kvm, host):

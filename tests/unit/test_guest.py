@@ -3,10 +3,12 @@
 import struct
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from harness.case import Slot, VmShape
 from harness.guest import GuestError, assemble, load
 from harness.modes import CODE_BASE
+from harness.paths.common import guest_for
 
 SOURCE = """
 .if BITS == 16
@@ -167,3 +169,18 @@ def test_apx_macros_give_the_bytes_of_real_assemblers(source, line, code):
     source.write_text(f'.include "apx_macros.inc"\n{line}\n')
     data = load(build(source)).blobs[0].data
     assert data.hex() == code
+
+
+@pytest.mark.parametrize("mode", ["real", "prot32", "long"])
+def test_symbols_are_those_that_pyelftools_finds(mode):
+    guest = guest_for("gpr.S", mode)
+    with guest.path.open("rb") as file:
+        table = ELFFile(file).get_section_by_name(".symtab")
+        every = [
+            s for s in table.iter_symbols()
+            if s.name and s["st_info"]["type"] in ("STT_NOTYPE", "STT_FUNC", "STT_OBJECT")
+            and s["st_shndx"] not in ("SHN_ABS", "SHN_UNDEF")
+        ]  # fmt: skip
+    assert guest.symbols == {s.name: s["st_value"] for s in every}
+    assert guest.global_names == {s.name for s in every if s["st_info"]["bind"] == "STB_GLOBAL"}
+    assert guest.entries

@@ -338,3 +338,16 @@ def test_another_exit_that_is_missing_is_no_forgotten_hypercall():
     case = case_of("0f01d9f4", "compat")
     found = Difference(0, 0, seen(case, Io(0x10, 1, True, b"\0")), seen(case, Halt(), rax=0))
     assert not row("no-hypercall", ()).explains(case, found)
+
+
+@pytest.mark.parametrize("module", ["kvm_amd", "kvm_pvm"])
+def test_a_judge_finds_the_rows_that_cover_a_case(module):
+    """It compiles their patterns together; each row still speaks of its own Cases alone."""
+    rows = load_known()
+    judge = Judge(SimpleNamespace(module=module, outcomes={}), rows)
+    names = {p.replace("*", filling) for row in rows for p in row.cases for filling in ("", "x", "@long#0")}
+    names |= {"", "alu/add_rr_b@long#0", "no/such@real#0"}
+    found = {name: judge.covered(name) for name in names}
+    assert found == {name: [row for row in rows if row.covers(name, module)] for name in names}
+    assert any(found.values())
+    assert Judge(SimpleNamespace(module=module, outcomes={})).covered("alu/add_rr_b@long#0") == []

@@ -2,7 +2,7 @@
 
 import ctypes
 import random
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
@@ -199,3 +199,14 @@ def test_unnamed_bits_are_numbered():
 def test_unknown_register_is_refused_by_name(name):
     with pytest.raises(KeyError, match=name.split(".")[-1] or "no register"):
         CpuState().with_({name: 1})
+
+
+def test_a_state_with_other_general_registers_is_what_replace_makes():
+    gpr = tuple(range(100, 132))
+    made = STATE_FOR_COPY.with_general(gpr, 7, 0x46)
+    assert made == replace(STATE_FOR_COPY, gpr=gpr, rip=7, rflags=0x46)
+    assert STATE_FOR_COPY.rip == 0x1000, "the original stays"
+    assert pack_sections(made, ("regs",)) != pack_sections(STATE_FOR_COPY, ("regs",))
+
+
+STATE_FOR_COPY = CpuState(rip=0x1000, cr2=5).with_({"msr.star": 3, "fs.base": 0x70})
