@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Final
 
 from harness.reference import events, svm
-from harness.reference.cpu import CS, DB, MASK, NMI, RF, SHADOW_MOV_SS, TF, Cpu, Fault, ModelError
+from harness.reference.cpu import CS, DB, MASK, NMI, RCX, RF, SHADOW_MOV_SS, TF, Cpu, Fault, ModelError
 from harness.reference.decoder import Truncated, decode
 from harness.reference.insn import Insn, Operation
 
@@ -122,10 +122,18 @@ def _instruction_breakpoint(cpu: Cpu) -> None:
         raise Fault(DB)
 
 
-def step(cpu: Cpu) -> bool:
-    """Execute one instruction, or one iteration of a REP, or deliver a pending NMI; True after a REP string item.
+def _restartable(cpu: Cpu, entry: CodeEntry) -> bool:
+    """A REP string item is done that leaves more to do, if only to find rCX zero: not the one at which ZF has ended it."""
+    if not entry.string or entry.insn is None:
+        return False
+    return cpu.repeat or not cpu.gpr[RCX] & MASK[entry.insn.addrsize]
 
-    Checks everything: breakpoints, single-step trap, RF, interrupt shadow.
+
+def step(cpu: Cpu) -> bool:
+    """Execute one instruction, or one iteration of a REP, or deliver a pending NMI.
+
+    Checks everything: breakpoints, single-step trap, RF, interrupt shadow. True after an item of a REP string
+    instruction that a machine may still be in: all of them but one at which ZF has ended it.
     """
     rip = cpu.start_rip = cpu.rip
     flags, shadow = cpu.rflags, cpu.shadow
@@ -156,6 +164,7 @@ def step(cpu: Cpu) -> bool:
     except ModelError as error:
         cpu.rip = rip
         raise _with_rip(error, rip) from None
+    string = _restartable(cpu, entry)
     if cpu.repeat:
         cpu.repeat = False
     else:
@@ -164,11 +173,11 @@ def step(cpu: Cpu) -> bool:
         cpu.trap_bits |= DR6_BS
     if cpu.trap_bits and cpu.shadow != SHADOW_MOV_SS and not svm.exception(cpu, DB, None, None):
         events.deliver(cpu, DB)
-    return entry.string
+    return string
 
 
 def run(cpu: Cpu, budget: int) -> bool:
-    """Execute until an instruction has exits (``cpu.pending_exits``); True when that was a REP string item.
+    """Execute until an instruction has exits (``cpu.pending_exits``); what :func:`step` returns for that one.
 
     ModelError after ``budget`` instructions without one; events.TripleFault on shutdown.
     """
@@ -201,7 +210,7 @@ def run(cpu: Cpu, budget: int) -> bool:
                 cpu.rip = rip
                 raise _with_rip(error, rip) from None
             else:
-                string = entry.string
+                string = entry.string and _restartable(cpu, entry)
                 if cpu.repeat:
                     cpu.repeat = False
                 else:

@@ -276,7 +276,8 @@ class ReferenceMachine:
             self._shown.append(Observation(exit, {}, retired=cpu.retired))
         # A machine may show the end of a REP at its restart point, with rCX already zero: as right as past it.
         # Between iterations RFLAGS.RF may be set: "the processor sets RF in the image of RFLAGS that it saves" (SDM
-        # vol. 3B 18.3.1.1, on interruptions of repeated string instructions).
+        # vol. 3B 18.3.1.1, on interruptions of repeated string instructions). Neither goes for a REPE or REPNE that ZF
+        # has ended with items left: it would go on from there, so it is over, and RF clear (SDM vol. 3B 18.3.1.1).
         done = string and cpu.rip != cpu.start_rip
         seen = self._observe(last, {"rip": (cpu.start_rip,)} if done else {})
         self._shown.append(_without_rf(seen) if string else seen)

@@ -8,7 +8,7 @@ from harness import modes
 from harness.case import Blob, Case, Complete, Inject, Memory, Observation, Run, SetState, Step
 from harness.cpuid import FEATURES, CpuidEntry, CpuProfile, with_features
 from harness.exits import Debug, Halt, Io, Mmio, Shutdown
-from harness.reference.cpu import AF, ARITH, CF, OF, PF, SF, ZF, ModelError
+from harness.reference.cpu import AF, ARITH, CF, OF, PF, RF, SF, ZF, ModelError
 from harness.reference.machine import ReferenceMachine
 from harness.state import CpuState, unpack_sections
 
@@ -207,6 +207,23 @@ def test_rep_outs_shows_every_item_and_accepts_the_restart_point_at_its_end() ->
     assert [o.exit.kind for o in seen] == ["io", "io", "halt"]
     rips = [unpack_sections(o.sections).rip - modes.CODE_BASE for o in seen]
     assert (rips, seen[0].accept, seen[1].accept) == ([0, 2, 3], {}, {"rip": (modes.CODE_BASE,)})
+
+
+def test_a_rep_that_zf_has_ended_is_over_and_rf_is_clear() -> None:
+    """As long as rCX has not ended it: a machine may have to find that out at its restart point."""
+    differs = case("f3 ae").read_data(0, 1)[0] ^ 1
+    start = {"rax": differs, "rdi": modes.MMIO_LINEAR}
+    for count, rip, ignored, accepted in ((5, 2, 0, {}), (1, 2, RF, {"rip": (modes.CODE_BASE,)})):
+        read, halt = observe("f3 ae", Run(8), rcx=count, **start)
+        state = unpack_sections(read.sections)
+        assert (state.rip - modes.CODE_BASE, state.gpr[1], state.rflags & RF) == (rip, count - 1, 0)
+        assert (read.ignore.get("rflags", 0) & RF, read.accept) == (ignored, accepted)
+        assert halt.exit == Halt()
+    read, *_ = observe("f3 ae", Run(8), rcx=5, rdi=modes.MMIO_LINEAR, rax=differs ^ 1)
+    assert (unpack_sections(read.sections).rip - modes.CODE_BASE, read.ignore["rflags"] & RF) == (0, RF)
+    short = {"rcx": 0x10001, "rdi": 0x100, "rax": differs, "es.base": modes.MMIO_LINEAR}
+    read, *_ = observe("67 f3 ae", Run(8), mode="prot32", **short)
+    assert read.ignore["rflags"] & RF, "what counts is CX"
 
 
 def test_step_shows_every_instruction() -> None:
