@@ -279,8 +279,18 @@ def _add_mutants(verbs: Verbs[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     mutants.add_argument("--again", action="store_true", help="run all of them again")
     mutants.add_argument("--peers", action="store_true", help="upstream's own tests on the same kernels, too")
+    mutants.add_argument(
+        "--peer-seconds", type=_seconds, metavar="N",
+        help="with --peers: tests that the unmodified kernel does not pass within N seconds do not count (default: 12)",
+    )  # fmt: skip
     mutants.add_argument("--selftests", type=Path, metavar="DIR", help="built KVM selftests (default: the tree's)")
     mutants.add_argument("--unit-tests", type=Path, metavar="DIR", help="built kvm-unit-tests (default: none)")
+
+
+def _seconds(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: give whole seconds, 1 or more")
+    return int(text)
 
 
 def _mutants(args: argparse.Namespace) -> int:

@@ -20,17 +20,22 @@ from harness.lab.peers import Peers, PeerTest
 from harness.lab.session import Cell
 from harness.words import counted
 
-LONGEST: Final = 20.0
-"""Seconds that a test may take on the unmodified kernel: what runs for minutes is left out."""
+SECONDS: Final = 12
+"""What a test may take on the unmodified kernel, unless it is said: docs/mutants.md has the durations behind it."""
+_PATIENCE: Final = 5
+"""So many times that is what it may take with a bug, before it hangs: the host may be busy."""
 _BAD: Final = ("fail", "timeout", "splat")
+_FOLDER: Final = "-peers"  # of a configuration's control
+_YARDSTICK: Final = "yardstick.json"
 
 
 @dataclass(frozen=True)
 class Suites:
-    """Built tests of upstream's: folders as ``lab peers`` takes them."""
+    """Built tests of upstream's: folders as ``lab peers`` takes them; ``seconds`` that a test may take to count."""
 
     selftests: Path | None = None
     unit_tests: Path | None = None
+    seconds: int = SECONDS
 
     @property
     def key(self) -> str:
@@ -45,6 +50,36 @@ class Suites:
         if self.unit_tests is not None:
             made.add_unit_tests(self.unit_tests)
         return made
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the unmodified kernel makes of the tests: (suite, name, outcome, seconds) each, within ``limit``."""
+
+    limit: int
+    shown: tuple[tuple[str, str, str, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Yardstick:
+        """The inverse of :meth:`to_json`. KeyError, TypeError or ValueError when it is none."""
+        return cls(int(body["limit"]), tuple((str(s), str(n), str(o), float(t)) for s, n, o, t in body["shown"]))
+
+    def counting(self, seconds: int) -> list[list[str]]:
+        """[suite, name] of those that pass within ``seconds``, the quickest first."""
+        good = [row for row in self.shown if row[2] == "pass" and row[3] <= seconds]
+        return [[suite, name] for suite, name, _, _ in sorted(good, key=lambda row: row[3])]
+
+    def left_out(self, seconds: int) -> dict[str, list[str]]:
+        """The names of the others, by reason."""
+        slow, out = f"not through in {seconds} s", dict[str, list[str]]()
+        for _, name, outcome, spent in self.shown:
+            if outcome != "pass" or spent > seconds:
+                out.setdefault(slow if outcome in ("pass", "timeout") else outcome, []).append(name)
+        return out
 
 
 @dataclass(frozen=True)
@@ -70,12 +105,12 @@ class PeerTrial:
         return cls(**body)
 
 
-def passing(suites: Suites, cell: Cell, folder: Path, progress: Progress) -> list[list[str]]:
-    """[suite, name] of the tests that an unmodified kernel passes within LONGEST, the quickest first. LostError."""
+def measure(suites: Suites, cell: Cell, folder: Path, progress: Progress) -> Yardstick:
+    """Run all tests on an unmodified kernel, ``suites.seconds`` each and no more. LostError."""
     peers = suites.peers(cell, folder, progress)
+    peers.limit(suites.seconds)
     progress(f"control: {counted(len(peers), 'test')} of upstream's on the unmodified kernel, {cell.name}")
-    good = [r for r in peers.run() if r.outcome == "pass" and r.seconds <= LONGEST]
-    return [[r.test.suite, r.test.name] for r in sorted(good, key=lambda r: r.seconds)]
+    return Yardstick(suites.seconds, tuple((r.test.suite, r.test.name, r.outcome, r.seconds) for r in peers.run()))
 
 
 def try_peers(
@@ -86,9 +121,7 @@ def try_peers(
     for cell, names in cells:
         where = cell.configuration.name
         try:
-            peers = suites.peers(cell, folder / where)
-            peers.only(names)
-            for result in peers.run():
+            for result in _some(suites, cell, folder / where, names).run():
                 tests += 1
                 seconds += result.seconds
                 if result.outcome in _BAD and _again(suites, cell, folder / f"{where}-again", result.test):
@@ -100,10 +133,15 @@ def try_peers(
     return PeerTrial(name, tests=tests, seconds=seconds)
 
 
-def _again(suites: Suites, cell: Cell, folder: Path, test: PeerTest) -> bool:
+def _some(suites: Suites, cell: Cell, folder: Path, names: Sequence[Sequence[str]]) -> Peers:
     peers = suites.peers(cell, folder)
-    peers.only([[test.suite, test.name]])
-    return any(result.outcome in _BAD for result in peers.run())
+    peers.only(names)
+    peers.limit(_PATIENCE * suites.seconds)
+    return peers
+
+
+def _again(suites: Suites, cell: Cell, folder: Path, test: PeerTest) -> bool:
+    return any(result.outcome in _BAD for result in _some(suites, cell, folder, [[test.suite, test.name]]).run())
 
 
 class PeerCampaign:
@@ -111,7 +149,7 @@ class PeerCampaign:
 
     def __init__(self, campaign: Campaign, suites: Suites) -> None:
         self._campaign, self._suites = campaign, suites
-        self._passing: dict[str, list[list[str]]] = {}
+        self._yardsticks: dict[str, Yardstick] = {}
 
     def run(self, mutants: Sequence[Edit], *, again: bool = False) -> Iterator[PeerTrial]:
         """One result for each that can be tried on this tree, in order. LostError when the control fails."""
@@ -120,11 +158,19 @@ class PeerCampaign:
                 if self._campaign.without_trying(mutant) is None:
                     yield (None if again else self._found(mutant)) or self._tried(mutant)
 
+    def left_out(self) -> dict[str, dict[str, list[str]]]:
+        """The tests that did not count, by configuration and reason, where the control has run."""
+        kept = sorted((self._campaign.out / "control").glob(f"*{_FOLDER}/{_YARDSTICK}"))
+        names = [path.parent.name.removesuffix(_FOLDER) for path in kept]
+        found = {name: self._kept(name) for name in names}
+        return {name: y.left_out(self._suites.seconds) for name, y in found.items() if y is not None}
+
     def _file(self, mutant: Edit) -> Path:
         return self._campaign.out / mutant.name / "peers.json"
 
     def _key(self, mutant: Edit) -> str:
-        return digest(self._campaign.kernels_key(mutant), self._suites.key)
+        controls = map(self._control_key, mutant.configurations)
+        return digest(self._campaign.kernels_key(mutant), str(self._suites.seconds), *controls)
 
     def _found(self, mutant: Edit) -> PeerTrial | None:
         kept = read_json(self._file(mutant))
@@ -137,7 +183,7 @@ class PeerCampaign:
         with Kernels(self._campaign, mutant, folder) as kernels:
             try:
                 cells = [
-                    (self._campaign.bench.cell(name, kernels.get(name)), self._good(name))
+                    (self._campaign.bench.cell(name, kernels.get(name)), self._counting(name))
                     for name in mutant.configurations
                 ]
             except (BuildError, EditError) as error:
@@ -147,15 +193,36 @@ class PeerCampaign:
             write_json(self._file(mutant), {"key": self._key(mutant), "trial": trial.to_json()})
         return trial
 
-    def _good(self, configuration: str) -> list[list[str]]:
-        """The tests that the unmodified kernel passes, asked once and kept."""
-        if configuration not in self._passing:
-            cell = self._campaign.control(configuration).cell
-            folder = self._campaign.out / "control" / f"{configuration}-peers"
-            key = digest(cell.kernel.digest, cell.emulator.digest, self._suites.key)
-            kept = read_json(folder / "passing.json")
-            if kept.get("key") != key:
-                kept = {"key": key, "tests": passing(self._suites, cell, folder, self._campaign.progress)}
-                write_json(folder / "passing.json", kept)
-            self._passing[configuration] = kept["tests"]
-        return self._passing[configuration]
+    # --- the control
+
+    def _control_folder(self, configuration: str) -> Path:
+        return self._campaign.out / "control" / f"{configuration}{_FOLDER}"
+
+    def _control_key(self, configuration: str) -> str:
+        """Changes with everything that the unmodified kernel's results depend on."""
+        bench = self._campaign.bench
+        return digest(
+            self._campaign.unmodified_key(configuration), bench.hardware.digest, bench.image.digest,
+            bench.accel(configuration), self._suites.key,
+        )  # fmt: skip
+
+    def _kept(self, configuration: str) -> Yardstick | None:
+        """What the unmodified kernel has shown before, if no test had less time than it is to have now."""
+        kept = read_json(self._control_folder(configuration) / _YARDSTICK)
+        if kept.get("key") != self._control_key(configuration):
+            return None
+        found = Yardstick.from_json(kept["yardstick"])
+        return found if found.limit >= self._suites.seconds else None
+
+    def _counting(self, configuration: str) -> list[list[str]]:
+        """The tests that count in a configuration: the unmodified kernel is asked once."""
+        if configuration not in self._yardsticks:
+            found = self._kept(configuration)
+            if found is None:
+                folder = self._control_folder(configuration)
+                cell = self._campaign.unmodified(configuration)
+                found = measure(self._suites, cell, folder, self._campaign.progress)
+                key = self._control_key(configuration)
+                write_json(folder / _YARDSTICK, {"key": key, "yardstick": found.to_json()})
+            self._yardsticks[configuration] = found
+        return self._yardsticks[configuration].counting(self._suites.seconds)

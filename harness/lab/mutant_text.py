@@ -11,6 +11,9 @@ from harness.lab.mutants import Fate, Trial, write_json
 from harness.lab.run import table
 from harness.words import counted
 
+LeftOut = Mapping[str, Mapping[str, Sequence[str]]]
+"""Tests of upstream's that did not count: configuration -> reason -> names."""
+
 
 def trial_line(trial: Trial) -> str:
     """One line as soon as it is known."""
@@ -50,10 +53,16 @@ def list_table(mutants: Sequence[Edit]) -> list[str]:
     return table(rows)
 
 
-def write_results(out: Path, tree: Path, trials: Sequence[Trial], peers: Mapping[str, PeerTrial]) -> None:
-    """All results as one JSON file."""
+def write_results(
+    out: Path, tree: Path, trials: Sequence[Trial], peers: Mapping[str, PeerTrial], left_out: LeftOut
+) -> None:
+    """All results as one JSON file; with ``peers`` both suites side by side, as Markdown, in ``peers.md``."""
     body = {"tree": str(tree), "trials": [t.to_json() for t in trials]}
-    write_json(out / "mutants.json", {**body, "peers": [p.to_json() for p in peers.values()]})
+    write_json(
+        out / "mutants.json", {**body, "peers": [p.to_json() for p in peers.values()], "left out": dict(left_out)}
+    )
+    if peers:
+        (out / "peers.md").write_text(peers_markdown(trials, peers, left_out))
 
 
 def peer_line(trial: PeerTrial) -> str:
@@ -65,8 +74,22 @@ def peer_line(trial: PeerTrial) -> str:
     return f"{trial.name}: {trial.test} of upstream's sees it in {trial.configuration}: {trial.outcome}"
 
 
-def peers_table(trials: Sequence[Trial], peers: Mapping[str, PeerTrial]) -> list[str]:
-    """This suite and upstream's, side by side."""
+def peers_table(trials: Sequence[Trial], peers: Mapping[str, PeerTrial], left_out: LeftOut) -> list[str]:
+    """This suite and upstream's, side by side; then which of upstream's tests did not count."""
+    rows, total = _side_by_side(trials, peers)
+    return [*table(rows), total, *_left_out_lines(left_out)]
+
+
+def peers_markdown(trials: Sequence[Trial], peers: Mapping[str, PeerTrial], left_out: LeftOut) -> str:
+    """What :func:`peers_table` says, for docs/mutants.md."""
+    (head, *rows), total = _side_by_side(trials, peers)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    lines += ["", f"{total[0].upper()}{total[1:]}.", "", *(f"- {line}" for line in _left_out_lines(left_out))]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _side_by_side(trials: Sequence[Trial], peers: Mapping[str, PeerTrial]) -> tuple[list[list[str]], str]:
+    """The rows of the table, its head first, and the sum."""
     rows = [["seeded bug", "class", "this suite", "upstream's tests"]]
     tried = [t for t in trials if t.name in peers]
     for t in tried:
@@ -76,4 +99,13 @@ def peers_table(trials: Sequence[Trial], peers: Mapping[str, PeerTrial]) -> list
         rows.append([t.name, str(t.bug_class), ours, seen])
     mine = sum(t.fate is Fate.CAUGHT for t in tried)
     both = sum(bool(peers[t.name].test) for t in tried)
-    return [*table(rows), f"of {len(tried)} seeded bugs this suite sees {mine}, upstream's tests see {both}"]
+    return rows, f"of {len(tried)} seeded bugs this suite sees {mine}, upstream's tests see {both}"
+
+
+def _left_out_lines(left_out: LeftOut) -> list[str]:
+    """A line for each configuration."""
+    return [
+        f"tests of upstream's that did not count in {name}: "
+        + "; ".join(f"{reason} ({len(tests)}): {', '.join(tests)}" for reason, tests in sorted(reasons.items()))
+        for name, reasons in left_out.items()
+    ]

@@ -183,11 +183,18 @@ class Campaign:
     def control(self, configuration: str) -> Control:
         """The unmodified kernel in a configuration."""
         if configuration not in self._controls:
-            edits = edits_for(None, configuration)
-            kernel = kernel_from_tree(self.tree, edits=edits, progress=self.progress).kernel
-            cell = self.bench.cell(configuration, kernel)
+            cell = self.unmodified(configuration)
             self._controls[configuration] = Control(cell, self.out / "control" / configuration, self.progress)
         return self._controls[configuration]
+
+    def unmodified(self, configuration: str) -> Cell:
+        """A cell with the unmodified kernel. LabError."""
+        kernel = kernel_from_tree(self.tree, edits=edits_for(None, configuration), progress=self.progress).kernel
+        return self.bench.cell(configuration, kernel)
+
+    def unmodified_key(self, configuration: str) -> str:
+        """Changes with the unmodified kernel of a configuration."""
+        return kernel_key(self._snapshot, edits=edits_for(None, configuration))
 
     # --- one seeded bug ---
 

@@ -13,8 +13,8 @@ from harness.lab.configurations import CONFIGURATIONS
 from harness.lab.edits import Edit
 from harness.lab.image import base_image
 from harness.lab.ksource import debian_source
-from harness.lab.mutant_peers import PeerCampaign, PeerTrial, Suites
-from harness.lab.mutant_text import list_table, peer_line, peers_table, trial_line, trials_table, write_results
+from harness.lab.mutant_peers import SECONDS, PeerCampaign, PeerTrial, Suites
+from harness.lab.mutant_text import LeftOut, list_table, peer_line, peers_table, trial_line, trials_table, write_results
 from harness.lab.mutants import OUT, Bench, Campaign, exit_status
 from harness.lab.peer_build import built_selftests
 
@@ -41,17 +41,20 @@ def _try(args: argparse.Namespace, chosen: Sequence[Edit]) -> int:
     accel = {name: "tcg" if c.needs else outer_acceleration(c.extension) for name, c in configs.items()}
     campaign = Campaign(tree, out, Bench(emulator, base_image(_say), accel.__getitem__), _say)
     trials, peers = [], dict[str, PeerTrial]()
+    left_out: LeftOut = {}
     for trial in campaign.run(chosen, again=args.again):
         _say(trial_line(trial))
         trials.append(trial)
-        write_results(out, tree, trials, peers)
+        write_results(out, tree, trials, peers, left_out)
     if args.peers:
-        suites = Suites(args.selftests or built_selftests(tree, _say), args.unit_tests)
-        for peer in PeerCampaign(campaign, suites).run(chosen, again=args.again):
+        suites = Suites(args.selftests or built_selftests(tree, _say), args.unit_tests, args.peer_seconds or SECONDS)
+        theirs = PeerCampaign(campaign, suites)
+        for peer in theirs.run(chosen, again=args.again):
             _say(peer_line(peer))
             peers[peer.name] = peer
-            write_results(out, tree, trials, peers)
-    for line in (*trials_table(trials), *(peers_table(trials, peers) if peers else ())):
+            left_out = theirs.left_out()
+            write_results(out, tree, trials, peers, left_out)
+    for line in (*trials_table(trials), *(peers_table(trials, peers, left_out) if peers else ())):
         _say(line)
     _say(f"results: {out}")
     return exit_status([t.fate for t in trials])

@@ -243,6 +243,10 @@ class Peers:
         by_name = {(test.suite, test.name): test for test in self._tests}
         self._tests = [by_name[suite, name] for suite, name in names if (suite, name) in by_name]
 
+    def limit(self, seconds: int) -> None:
+        """Give no test more than that."""
+        self._tests = [replace(test, limit=min(test.limit, seconds)) for test in self._tests]
+
     def __len__(self) -> int:
         return len(self._tests)
 

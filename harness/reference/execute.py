@@ -123,7 +123,7 @@ def _instruction_breakpoint(cpu: Cpu) -> None:
 
 
 def _restartable(cpu: Cpu, entry: CodeEntry) -> bool:
-    """A REP string item is done that leaves more to do, if only to find rCX zero: not the one at which ZF has ended it."""
+    """A REP string item is done that leaves more to do, if only to find rCX zero: not one at which ZF has ended it."""
     if not entry.string or entry.insn is None:
         return False
     return cpu.repeat or not cpu.gpr[RCX] & MASK[entry.insn.addrsize]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from harness.cpuid import with_features
 from harness.lab import catalogue as module
-from harness.lab import mutants, sources
+from harness.lab import mutant_peers, mutants, sources
 from harness.lab.cache import digest
 from harness.lab.catalogue import CLASSES, catalogue, choose, edits_for
 from harness.lab.configurations import CONFIGURATIONS
@@ -21,9 +22,10 @@ from harness.lab.errors import LabInputError
 from harness.lab.hardware import Emulator
 from harness.lab.image import Image
 from harness.lab.kernel import Kernel
-from harness.lab.mutant_peers import PeerTrial, Suites, try_peers
-from harness.lab.mutant_text import peers_table, trials_table
+from harness.lab.mutant_peers import PeerCampaign, PeerTrial, Suites, Yardstick, try_peers
+from harness.lab.mutant_text import peers_table, trials_table, write_results
 from harness.lab.mutants import Bench, Campaign, Control, Fate, Trial, _first_bad, exit_status
+from harness.lab.peers import PeerResult, PeerTest
 from harness.lab.profile import load_profile
 from harness.lab.run import CellOutcome
 from harness.lab.session import Cell
@@ -292,14 +294,136 @@ def test_a_trial_survives_json_and_the_table_names_its_register():
     assert "1 caught, 1 survived" in text
 
 
-def test_the_table_of_peers_is_honest_in_both_columns():
+YARDSTICK = Yardstick(10, (
+    ("selftests", "slow", "pass", 9.5), ("selftests", "quick", "pass", 0.5), ("selftests", "quicker", "pass", 0.1),
+    ("selftests", "stuck", "timeout", 10.1), ("selftests", "debug_regs", "fail", 0.2),
+    ("selftests", "vmx", "skip", 0.1),
+))  # fmt: skip
+
+
+def test_only_what_the_unmodified_kernel_passes_in_time_counts_the_quickest_first():
+    assert YARDSTICK.counting(8) == [["selftests", "quicker"], ["selftests", "quick"]]
+    assert [name for _, name in YARDSTICK.counting(10)] == ["quicker", "quick", "slow"]
+    assert YARDSTICK.left_out(10) == {"not through in 10 s": ["stuck"], "fail": ["debug_regs"], "skip": ["vmx"]}
+    assert Yardstick.from_json(json.loads(json.dumps(YARDSTICK.to_json()))) == YARDSTICK
+
+
+class _ToyMachine:
+    """Upstream's tests, on a machine where they end as they are told to."""
+
+    def __init__(self, shown):
+        self._shown, self.names, self.seconds = shown, None, None
+
+    def only(self, names):
+        self.names = list(names)
+
+    def limit(self, seconds):
+        self.seconds = seconds
+
+    def __len__(self):
+        return len(self._shown)
+
+    def run(self):
+        for name, outcome in self._shown:
+            yield PeerResult(PeerTest("selftests", name), outcome, 1.0)
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    """The machines that were asked, and what they show: one takes a list of (test, outcome) from the front."""
+    shown, asked = [], []
+
+    def peers(suites, cell, folder, progress=print):
+        asked.append(_ToyMachine(shown.pop(0)))
+        return asked[-1]
+
+    monkeypatch.setattr(Suites, "peers", peers)
+    return SimpleNamespace(shown=shown, asked=asked)
+
+
+class ToyWithKernels(Toy):
+    """A campaign whose kernels are there, to be built by nobody."""
+
+    def unmodified(self, configuration):
+        return toy_cell(configuration)
+
+    def unmodified_key(self, configuration):
+        return "unmodified"
+
+    def kernels_key(self, mutant):
+        return mutant.name
+
+
+@pytest.fixture
+def peer_campaign(machines, tmp_path, monkeypatch):
+    class Kernels:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return KERNELS
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(mutant_peers, "Kernels", Kernels)
+    monkeypatch.setattr(mutants, "cell_plan", lambda *_: SimpleNamespace(key="plan", names=NAMES))
+    return lambda seconds=12: PeerCampaign(ToyWithKernels(tmp_path, toy_cell()), Suites(seconds=seconds))
+
+
+CONTROL = [("a", "pass"), ("b", "skip"), ("c", "pass"), ("d", "fail")]
+
+
+def test_the_unmodified_kernel_is_asked_once_and_a_bug_runs_what_it_passes_on_one_machine(machines, peer_campaign):
+    other = replace(BUG, name="other")
+    machines.shown += [CONTROL, [("a", "pass"), ("c", "pass")], [("a", "pass"), ("c", "fail")], [("c", "fail")]]
+    campaign = peer_campaign()
+    trials = list(campaign.run([BUG, other]))
+    assert [(t.test, t.outcome, t.tests) for t in trials] == [("", "", 2), ("c", "fail", 2)]
+    control, first, second, again = machines.asked
+    assert (control.names, control.seconds) == (None, 12)
+    assert first.names == second.names == [["selftests", "a"], ["selftests", "c"]]
+    assert again.names == [["selftests", "c"]]
+    assert first.seconds > control.seconds, "a busy host hangs no test"
+    assert campaign.left_out() == {"svm": {"skip": ["b"], "fail": ["d"]}}
+
+
+def test_a_test_that_fails_once_has_seen_nothing(machines, peer_campaign):
+    machines.shown += [CONTROL, [("a", "fail"), ("c", "pass")], [("a", "pass")]]
+    assert [t.test for t in peer_campaign().run([BUG])] == [""]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(machines, peer_campaign):
+    machines.shown += [CONTROL, [("a", "pass")]]
+    before = list(peer_campaign().run([BUG]))
+    assert not machines.shown
+    assert list(peer_campaign().run([BUG])) == before, "neither is run again"
+    machines.shown += [[("a", "pass")]]
+    list(peer_campaign(8).run([BUG]))
+    assert len(machines.asked) == 3, "less time is another question to the bug, not to the unmodified kernel"
+    machines.shown += [CONTROL, [("a", "pass")]]
+    list(peer_campaign(60).run([BUG]))
+    assert (machines.asked[3].names, machines.asked[3].seconds) == (None, 60)
+
+
+def test_the_table_of_peers_is_honest_in_both_columns(tmp_path):
     mine = Trial("cr2-stale", 27, Fate.CAUGHT, "svm", "fault/x@long#0", "mismatch", ("cr2",), "s")
     trials = [mine, Trial("b", 1, Fate.SURVIVED), Trial("c", 2, Fate.CAUGHT, case="gpr/y@long#0", verdict="splat")]
     peers = {"cr2-stale": PeerTrial("cr2-stale"), "b": PeerTrial("b", "svm", "x86/state_test", "fail")}
-    lines = peers_table(trials, peers)
+    left_out = {"svm": YARDSTICK.left_out(8)}
+    lines = peers_table(trials, peers, left_out)
     assert lines[1].split() == ["cr2-stale", "27", "fault/x@long#0:", "cr2", "-"]
     assert lines[2].split()[2:] == ["survived", "x86/state_test:", "fail"]
-    assert lines[-1] == "of 2 seeded bugs this suite sees 1, upstream's tests see 1"
+    assert lines[3] == "of 2 seeded bugs this suite sees 1, upstream's tests see 1"
+    assert lines[4:] == [
+        "tests of upstream's that did not count in svm: fail (1): debug_regs; not through in 8 s (2): slow, stuck; "
+        "skip (1): vmx"
+    ]
+    write_results(tmp_path, Path("linux"), trials, peers, left_out)
+    markdown = (tmp_path / "peers.md").read_text()
+    assert "| b | 1 | survived | x86/state_test: fail |\n" in markdown
+    assert "\nOf 2 seeded bugs this suite sees 1, upstream's tests see 1.\n" in markdown
+    assert lines[4] in markdown
 
 
 def test_a_peer_trial_survives_json():
