@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 
+from harness.cli import main
 from harness.cpuid import with_features
 from harness.lab import catalogue as module
 from harness.lab import mutant_peers, mutants, sources
@@ -424,6 +425,14 @@ def test_the_table_of_peers_is_honest_in_both_columns(tmp_path):
     assert "| b | 1 | survived | x86/state_test: fail |\n" in markdown
     assert "\nOf 2 seeded bugs this suite sees 1, upstream's tests see 1.\n" in markdown
     assert lines[4] in markdown
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "1.5", "long"])
+def test_no_time_for_a_test_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["mutants", "--peers", f"--peer-seconds={seconds}"])
+    assert stopped.value.code == 2
+    assert f"{seconds}: give whole seconds, 1 or more" in capsys.readouterr().err
 
 
 def test_a_peer_trial_survives_json():
