@@ -20,7 +20,7 @@ from harness.lab.peers import Peers, PeerTest
 from harness.lab.session import Cell
 from harness.words import counted
 
-SECONDS: Final = 12
+SECONDS: Final = 10
 """What a test may take on the unmodified kernel, unless it is said: docs/mutants.md has the durations behind it."""
 _PATIENCE: Final = 5
 """So many times that is what it may take with a bug, before it hangs: the host may be busy."""

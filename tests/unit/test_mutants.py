@@ -369,7 +369,7 @@ def peer_campaign(machines, tmp_path, monkeypatch):
 
     monkeypatch.setattr(mutant_peers, "Kernels", Kernels)
     monkeypatch.setattr(mutants, "cell_plan", lambda *_: SimpleNamespace(key="plan", names=NAMES))
-    return lambda seconds=12: PeerCampaign(ToyWithKernels(tmp_path, toy_cell()), Suites(seconds=seconds))
+    return lambda seconds=10: PeerCampaign(ToyWithKernels(tmp_path, toy_cell()), Suites(seconds=seconds))
 
 
 CONTROL = [("a", "pass"), ("b", "skip"), ("c", "pass"), ("d", "fail")]
@@ -382,7 +382,7 @@ def test_the_unmodified_kernel_is_asked_once_and_a_bug_runs_what_it_passes_on_on
     trials = list(campaign.run([BUG, other]))
     assert [(t.test, t.outcome, t.tests) for t in trials] == [("", "", 2), ("c", "fail", 2)]
     control, first, second, again = machines.asked
-    assert (control.names, control.seconds) == (None, 12)
+    assert (control.names, control.seconds) == (None, 10)
     assert first.names == second.names == [["selftests", "a"], ["selftests", "c"]]
     assert again.names == [["selftests", "c"]]
     assert first.seconds > control.seconds, "a busy host hangs no test"
