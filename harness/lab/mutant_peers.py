@@ -145,7 +145,10 @@ def _again(suites: Suites, cell: Cell, folder: Path, test: PeerTest) -> bool:
 
 
 class PeerCampaign:
-    """Tries upstream's tests on the seeded bugs of a campaign; results lie beside the campaign's own."""
+    """Tries upstream's tests on the seeded bugs of a campaign; results are apart from the campaign's own.
+
+    Those are cleared away when the suite has changed, and a bug is tried again; for upstream's tests nothing has.
+    """
 
     def __init__(self, campaign: Campaign, suites: Suites) -> None:
         self._campaign, self._suites = campaign, suites
@@ -166,7 +169,7 @@ class PeerCampaign:
         return {name: y.left_out(self._suites.seconds) for name, y in found.items() if y is not None}
 
     def _file(self, mutant: Edit) -> Path:
-        return self._campaign.out / mutant.name / "peers.json"
+        return self._campaign.out / "peers" / mutant.name / "result.json"
 
     def _key(self, mutant: Edit) -> str:
         controls = map(self._control_key, mutant.configurations)
@@ -178,7 +181,7 @@ class PeerCampaign:
 
     def _tried(self, mutant: Edit) -> PeerTrial:
         self._campaign.progress(f"{mutant.name}: upstream's tests")
-        folder = self._file(mutant).parent / "peers"
+        folder = self._file(mutant).parent
         folder.mkdir(parents=True, exist_ok=True)
         with Kernels(self._campaign, mutant, folder) as kernels:
             try:
