@@ -13,6 +13,8 @@ lab)
     packages="$packages mmdebstrap squashfs-tools cpio zstd kmod"
     # kernels of the lab's own (harness/lab/kbuild.py)
     packages="$packages git flex bison bc libelf-dev lz4"
+    # what only its tests need: an archive of their own, BTF of their own
+    packages="$packages gnupg pahole"
     ;;
 *)
     echo "usage: sh ci/packages.sh [lab]" >&2
