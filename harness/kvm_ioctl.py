@@ -2940,9 +2940,11 @@ def ioctl(fd: int, request: int, arg: Argument = 0) -> int:
     writable buffer such as a bytearray; the kernel reads and writes it in place. KVM_SET_IDENTITY_MAP_ADDR and
     KVM_X86_SETUP_MCE, which take a number by address, take a plain int too.
 
-    Raises KvmError; InterruptedError as it is where a signal, or kvm_run.immediate_exit, ended the call (EINTR), and
-    BlockingIOError where KVM_RUN came back without running (EAGAIN): both happen all the time and carry no explanation.
-    TypeError for an argument that the kernel could not write to (bytes), ValueError for one that is too short.
+    Raises KvmError. For KVM_RUN alone, InterruptedError where a signal or kvm_run.immediate_exit ended it (EINTR), and
+    BlockingIOError where it came back without running (EAGAIN): both happen all the time and carry no explanation. Any
+    other request that a signal ends is called again, once the signal's handler has run: KVM_CREATE_VM may be one, in
+    mm_take_all_locks(), and KVM_PRE_FAULT_MEMORY, which goes on from where it was. TypeError for an argument that the
+    kernel could not write to (bytes), ValueError for one that is too short.
     """
     if isinstance(arg, int):
         if request in _BY_ADDRESS:
@@ -2958,10 +2960,12 @@ def ioctl(fd: int, request: int, arg: Argument = 0) -> int:
             raise ValueError(
                 f"{request_name(request)}: the argument has {size} bytes, the kernel takes {request >> 16 & 0x3FFF}"
             )
-    result: int = _ioctl(fd, request, address)
-    if result != -1:
-        return result
-    raise _failure(request)
+    while True:
+        result: int = _ioctl(fd, request, address)
+        if result != -1:
+            return result
+        if request == KVM_RUN or _get_errno() != _errno.EINTR:
+            raise _failure(request)
 
 
 def enter_by_libc(fd: int) -> None:

@@ -530,7 +530,8 @@ def transfer(fd: int, request: int, data: bytes | bytearray) -> int:
     """An ioctl that reads bytes, or reads and fills a bytearray, and returns a number (for bytes, nothing of use).
 
     A third less time than by way of ctypes. ``data`` must be as long as the structure, and have up to 1024 bytes.
-    Raises KvmError.
+    Raises KvmError. For the vCPU's own requests only: no signal ends one of them that does not end the process
+    (kvm_vcpu_ioctl() waits in mutex_lock_killable() alone).
     """
     try:
         return plain_ioctl(fd, request, data)  # type: ignore[return-value]  # bytes for bytes

@@ -461,6 +461,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.errno = 0
+        self.interruptions = 0  # calls that a signal ends, before one that is not
         self.address = 0
         self.seen = b""
         self.look = 0  # bytes to look at behind the address, while the call is on
@@ -471,6 +472,10 @@ class Kernel:
             with open("/proc/self/mem", "rb", buffering=0) as memory:  # which survives a wrong address
                 memory.seek(address)
                 self.seen = memory.read(self.look)
+        if self.interruptions:
+            self.interruptions -= 1
+            ctypes.set_errno(errno.EINTR)
+            return -1
         ctypes.set_errno(self.errno)
         return -1 if self.errno else 42
 
@@ -575,3 +580,12 @@ def test_an_interrupted_run_is_a_plain_exception(kernel: Kernel) -> None:
         kvm.ioctl(3, kvm.KVM_RUN)
     with pytest.raises(kvm.KvmError, match="KVM_SET_REGS: EAGAIN"):
         kvm.ioctl(3, kvm.KVM_SET_REGS, kvm.kvm_regs())
+
+
+def test_any_other_request_that_a_signal_ends_is_called_again(kernel: Kernel) -> None:
+    kernel.interruptions = 3
+    assert kvm.ioctl(3, kvm.KVM_CREATE_VM, 0) == 42
+    assert not kernel.interruptions
+    kernel.interruptions, kernel.errno = 1, errno.ENOMEM
+    with pytest.raises(kvm.KvmError, match="KVM_CREATE_VM: ENOMEM"):
+        kvm.ioctl(3, kvm.KVM_CREATE_VM, 0)
