@@ -138,6 +138,8 @@ def bisect_run(args: argparse.Namespace) -> int:
 
     try:
         check(args.k or "")
+        repository = Repository(args.tree)
+        repository.release(repository.commit("HEAD"))  # what is no Linux has no commit that can be tested
         configs = chosen_configurations(args.config)
         question = Question(
             args.tree, tuple(configs), Options(tier=args.tier, select=args.k, machines=args.machines),

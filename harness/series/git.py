@@ -121,13 +121,17 @@ class Repository:
             self.check_age(commit)
         return PatchRange(base, tuple(commits))
 
-    def check_age(self, commit: Commit) -> None:
-        """LabInputError for a commit that is no Linux, or an older one than the lab knows."""
+    def release(self, commit: Commit) -> tuple[str, tuple[int, int]]:
+        """The release of a commit, as in a Makefile and as numbers. LabInputError for one that is no Linux."""
         try:
             makefile = self.git("show", f"{commit.id}:Makefile")
         except LabInputError as error:
             raise LabInputError(f"{self.tree}: {commit} is no Linux source tree: it has no Makefile") from error
-        release, series = release_in(makefile, f"{self.tree}: {commit}")
+        return release_in(makefile, f"{self.tree}: {commit}")
+
+    def check_age(self, commit: Commit) -> None:
+        """LabInputError for a commit that is no Linux, or an older one than the lab knows."""
+        release, series = self.release(commit)
         if series < OLDEST:
             raise LabInputError(
                 f"{commit} is Linux {release}: kernels before {OLDEST[0]}.{OLDEST[1]} are unsupported: the lab's "

@@ -131,8 +131,19 @@ def test_bisect_never_takes_an_error_of_ours_for_a_bad_commit(error, monkeypatch
 
 def test_bisect_stops_without_a_tree(tmp_path):
     status, text = harness("bisect-run", "--tree", tmp_path, "--qemu", "system")
-    assert status in (UNUSABLE, SKIP)  # the latter where this machine has no QEMU
-    assert text
+    assert (status, "is no git tree" in text) == (UNUSABLE, True)
+
+
+@pytest.mark.parametrize("makefile", [None, "all:\n"])
+def test_bisect_stops_in_a_tree_that_is_not_linux(tree, makefile):
+    """No commit of it can be tested: git would skip one after the other."""
+    if makefile is None:
+        tree.git("rm", "-q", "Makefile")
+    else:
+        tree.write("Makefile", makefile)
+    tree.git("commit", "-q", "-a", "-m", "something else")
+    status, text = harness("bisect-run", "--tree", tree.path, "--qemu", "system")
+    assert (status, "is no Linux source tree" in text) == (UNUSABLE, True)
 
 
 def record(verdict, summary="", name=CASES[0]):
