@@ -19,7 +19,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import NoteSegment
 
 from harness.lab.cache import Progress, cached, digest, quiet
-from harness.lab.errors import LabInputError, unreadable
+from harness.lab.errors import LabInputError, opened, unreadable
 
 _SETUP_SECTS: Final = 0x1F1
 _MAGIC: Final = 0x202
@@ -31,11 +31,18 @@ _PVH_ENTRY: Final = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 
 def release_of(image: Path) -> str:
     """The release (``uname -r``) in a bzImage's header. Raises LabInputError when it is none."""
+    return _release(image, _read(image, 0x8200))
+
+
+def _read(image: Path, size: int = -1) -> bytes:
     try:
-        with open(image, "rb") as file:
-            header = file.read(0x8200)
+        with opened(image) as file:
+            return file.read(size)
     except OSError as error:
         raise LabInputError(f"{unreadable(image, error)}; a kernel's bzImage is needed (/boot/vmlinuz-...)") from error
+
+
+def _release(image: Path, header: bytes) -> str:
     if header[_MAGIC : _MAGIC + 4] != b"HdrS":
         elf = header[:4] == b"\x7fELF"
         hint = "it may be vmlinux; the lab boots arch/x86/boot/bzImage" if elf else "give a bzImage"
@@ -53,8 +60,8 @@ def vmlinux_of(image: Path) -> bytes:
     Raises LabInputError for a damaged one, one that is compressed in a way that is not known here, and where the
     program that unpacks it is not installed.
     """
-    release_of(image)
-    data = image.read_bytes()
+    data = _read(image)
+    _release(image, data)
     start = ((data[_SETUP_SECTS] or 4) + 1) * 512
     start += int.from_bytes(data[_PAYLOAD_OFFSET : _PAYLOAD_OFFSET + 4], "little")
     length = int.from_bytes(data[_PAYLOAD_LENGTH : _PAYLOAD_LENGTH + 4], "little")

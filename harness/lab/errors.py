@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from harness.verdict import BAD_INPUT, Verdict
 
@@ -20,6 +23,23 @@ class LabInputError(LabError):
     status = BAD_INPUT
 
 
+def opened(path: Path) -> BinaryIO:
+    """A file that the user named, to read from. A FIFO is not waited for: one that nobody writes to is empty.
+
+    OSError, for :func:`unreadable` to put into words; ENODEV for a device, which may have no end.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise OSError(errno.ENODEV, "it is a device")
+        os.set_blocking(fd, True)
+        return open(fd, "rb")
+    except OSError:
+        os.close(fd)
+        raise
+
+
 def unreadable(path: Path, error: OSError) -> str:
     """Why a file that the user named cannot be read, and what to do about it."""
     match error.errno:
@@ -28,6 +48,8 @@ def unreadable(path: Path, error: OSError) -> str:
         case errno.EISDIR:
             inside = next((path / name for name in ("vmlinux", "kvm.ko") if (path / name).is_file()), "a file in it")
             return f"{path} is a folder: give {inside}"
+        case errno.ENODEV:
+            return f"{path} is a device: give a file"
         case errno.EACCES | errno.EPERM:
             return f"{path}: no permission to read it: run as root, or give a copy that you may read"
         case _:

@@ -18,7 +18,7 @@ from elftools.elf.elffile import ELFFile
 
 from harness.lab.cache import Progress, cached, digest, quiet
 from harness.lab.debian import FetchError, fetch_package, unpack
-from harness.lab.errors import LabError, LabInputError, unreadable
+from harness.lab.errors import LabError, LabInputError, opened, unreadable
 from harness.lab.image import RECIPE, SUITE
 
 REQUIRED: Final = ("virtio_pci", "virtio_blk", "squashfs", "virtio_console", "kvm")
@@ -89,7 +89,8 @@ def read_module(path: Path) -> bytes:
     """The contents of a .ko file, decompressed. Raises LabInputError when it cannot be read or is damaged."""
     decompress = _DECOMPRESS.get(path.suffix)
     try:
-        data = path.read_bytes()
+        with opened(path) as file:
+            data = file.read()
     except OSError as error:
         raise LabInputError(unreadable(path, error)) from error
     try:

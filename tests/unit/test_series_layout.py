@@ -286,7 +286,7 @@ def test_command_fails_for_a_broken_rule(compiled: Callable[..., Path], capsys: 
 @pytest.mark.parametrize(("words", "said"), [
     (["/nowhere"], "/nowhere is not there: check the path"), (["/"], "/ is a folder: give a file in it"),
     (["/etc/passwd"], "no kernel, module or object"), (["--base", "/etc/passwd"], "give that too"),
-    (["/dev/null"], "/dev/null is empty: give a vmlinux"),
+    (["/dev/zero"], "/dev/zero is a device: give a file"),
     (["/proc/self/mem"], "cannot be read (Input/output error): give another copy"),
 ])  # fmt: skip
 def test_command_says_what_to_give(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,6 +295,26 @@ def test_command_says_what_to_give(words: list[str], said: str, capsys: pytest.C
     assert error.startswith("kvm-harness: ")
     assert said in error
     assert "Errno" not in error
+
+
+def test_an_empty_file_is_named_as_that(tmp_path: Path) -> None:
+    (tmp_path / "vmlinux").touch()
+    with pytest.raises(LabInputError, match=f"{tmp_path}/vmlinux is empty: give a vmlinux"):
+        file_layout(tmp_path / "vmlinux")
+
+
+def test_a_fifo_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    command = [sys.executable, "-m", "harness", "layout", str(tmp_path / "fifo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, f"{tmp_path}/fifo is empty: give a vmlinux" in done.stderr) == (2, True)
+
+
+def test_a_kernel_may_come_through_a_pipe(compiled: Callable[..., Path]) -> None:
+    """As the shell's <(zcat vmlinux.gz)."""
+    with subprocess.Popen(["cat", compiled(linux_7())], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        assert file_layout(Path(f"/dev/fd/{cat.stdout.fileno()}")).ids
 
 
 def test_a_kernel_in_a_folder_is_named(compiled: Callable[..., Path], tmp_path: Path) -> None:
