@@ -88,6 +88,7 @@ class Warm:
 
     def equal(self, pages: Pages) -> bool:
         """Whether RAM is, to the byte, the initial contents of :meth:`load` overlaid with ``pages``."""
+        self._equal_epoch = -1
         for ram in self._ram:
             if ram.differs(pages):
                 return False

@@ -377,3 +377,23 @@ def test_signals_do_not_keep_vms_from_being_made(kvm):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+# --- what one Case leaves is not the next one's ---
+
+
+def seen_in(machine, case):
+    """What a Case shows, as what is to be expected of it again."""
+    return [list(seen) for seen in record(machine, case)]
+
+
+def test_undefined_bits_that_a_case_left_in_memory_are_not_the_next_ones(machine, host):
+    """To the byte, RAM is then not what was expected: it is laid out anew."""
+    writes = real_mode(host, "c6075a f4")  # mov byte [bx], 0x5a
+    halts = replace(writes, start=START.with_({"rip": 0x1003}))
+    ((right,),) = seen_in(machine, writes)
+    expected = Recording([[replace(right, pages_ignore={0x2000: 0xFF})]])
+    for _ in range(2):
+        outcome = lockstep(writes, expected, machine)
+        assert (outcome.difference, outcome.allowed != 0) == (None, True)
+        assert lockstep(halts, ReferenceMachine(), machine).difference is None
