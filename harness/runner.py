@@ -37,9 +37,12 @@ class Finding:
 
 def execute(case: Case, expected: Machine, machine: KvmMachine) -> Finding:
     """Run ``case`` in lockstep with ``expected``. Errors of ``expected`` pass through."""
-    finding = _execute(case, expected, machine)
-    if not finding.clean:
-        machine.distrust()
+    finding = None
+    try:
+        finding = _execute(case, expected, machine)
+    finally:
+        if finding is None or not finding.clean:
+            machine.distrust()
     return finding
 
 

@@ -153,6 +153,8 @@ class Agent:
                 self.say(f"- {index} {json.dumps(finding_json(_with_memory(finding, machine)))}")
             if self._record:
                 self.say(f"= {index} {json.dumps(_recorded(case, machine))}")
+                if not finding.clean:
+                    machine.distrust()  # as after the run that was judged
             self._tell(str(index))
         self.say(f"done {number}")
 

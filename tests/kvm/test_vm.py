@@ -397,3 +397,21 @@ def test_undefined_bits_that_a_case_left_in_memory_are_not_the_next_ones(machine
         outcome = lockstep(writes, expected, machine)
         assert (outcome.difference, outcome.allowed != 0) == (None, True)
         assert lockstep(halts, ReferenceMachine(), machine).difference is None
+
+
+def test_a_case_whose_expectation_fails_leaves_nothing_of_its_vm_to_the_next(machine, host):
+    """What failed stands in a traceback that somebody may keep, and with it what the machine was about to do."""
+
+    class Failing(Recording):
+        def apply(self, action):
+            yield from super().apply(action)
+            raise ValueError("no more is known")
+
+    case = real_mode(host, "40 40 f4", actions=(Step(2),))
+    first = seen_in(machine, case)[0][:1]
+    vcpu = machine.vcpu
+    with pytest.raises(ValueError, match="no more is known") as kept:
+        execute(case, Failing([first]), machine)
+    assert run(machine, real_mode(host, "40 f4"))[0].exit == Halt()
+    assert machine.vcpu is not vcpu
+    del kept
