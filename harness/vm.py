@@ -312,6 +312,8 @@ class Vcpu(_Owner):
         """
         self.epoch += 1
         self._dirty = False
+        if self._expired:
+            self._forget_expiry()
         self.thread = get_ident()
         self.deadline = monotonic() + limit
         try:
@@ -323,12 +325,16 @@ class Vcpu(_Owner):
         self._mirrored = True
         return self.run_page.exit_reason
 
+    def _forget_expiry(self) -> None:
+        """The watchdog came just when the last KVM_RUN had ended by itself: that was not for the next one."""
+        self._expired = False
+        self.run_page.immediate_exit = 0
+
     def _enter_again(self, limit: float) -> None:
         """KVM_RUN came back without an exit: until it has one, or is out of time."""
         while True:
             if self._expired:
-                self._expired = False
-                self.run_page.immediate_exit = 0
+                self._forget_expiry()
                 raise RunTimeoutError(f"the guest did not leave KVM_RUN within {limit:g} s") from None
             with suppress(InterruptedError, BlockingIOError):
                 return enter(self.fd)
@@ -340,6 +346,7 @@ class Vcpu(_Owner):
         userspace has re-entered the kernel with KVM_RUN".
         """
         self.epoch += 1
+        self._expired = False
         self.thread = get_ident()
         self.deadline = monotonic() + limit
         self.run_page.immediate_exit = 1

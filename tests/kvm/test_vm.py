@@ -415,3 +415,18 @@ def test_a_case_whose_expectation_fails_leaves_nothing_of_its_vm_to_the_next(mac
     assert run(machine, real_mode(host, "40 f4"))[0].exit == Halt()
     assert machine.vcpu is not vcpu
     del kept
+
+
+@pytest.mark.parametrize("action", [Run(8), Kick()])
+def test_a_watchdog_that_comes_too_late_ends_no_other_run(machine, host, action):
+    machine.load(real_mode(host, "f4"))
+    machine.vcpu.expire()  # as if the run before had ended in this very moment
+    assert [seen.exit for seen in machine.apply(action)] == [Halt()]
+
+
+def test_a_watchdog_that_comes_too_late_ends_no_completion(machine, host):
+    machine.load(real_mode(host, "e610 f4"))
+    list(machine.apply(Run(1, complete=False)))
+    machine.vcpu.expire()
+    assert [seen.exit for seen in machine.apply(Complete())] == [Halt()]
+    assert [seen.exit for seen in machine.apply(Run())] == [Halt()]
