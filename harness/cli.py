@@ -13,9 +13,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 from harness.manual import PAGES
+from harness.options import positive
 from harness.verdict import BAD_INPUT, INTERRUPTED, NO_KVM, Verdict, exit_status
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ABORT_BISECT
         raise
     except BrokenPipeError:
-        _discard_stdout()
-        return 0
+        _discard(sys.stdout)
+        _discard(sys.stderr)
+        return ABORT_BISECT if words[:1] == ["bisect-run"] else 0  # which would mean a good commit
     except Exception as error:
         expected = _status_of(error)
         if words[:1] == ["bisect-run"]:  # nothing of ours may look like a bad commit
@@ -75,8 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(text: str, status: int) -> int:
-    """Say why on stderr; returns ``status``."""
-    print(f"kvm-harness: {text}", file=sys.stderr)
+    """Say why on stderr, if anybody listens there; returns ``status``."""
+    try:
+        print(f"kvm-harness: {text}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stderr)
     return status
 
 
@@ -91,9 +96,10 @@ def _interrupt_again(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
-def _discard_stdout() -> None:
+def _discard(stream: TextIO) -> None:
+    """Nobody reads any more: what is left to be written goes nowhere, or Python would end with a status of its own."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, stream.fileno())
     os.close(null)
 
 
@@ -280,17 +286,11 @@ def _add_mutants(verbs: Verbs[argparse.ArgumentParser]) -> None:
     mutants.add_argument("--again", action="store_true", help="run all of them again")
     mutants.add_argument("--peers", action="store_true", help="upstream's own tests on the same kernels, too")
     mutants.add_argument(
-        "--peer-seconds", type=_seconds, metavar="N",
+        "--peer-seconds", type=positive, metavar="N",
         help="with --peers: tests that the unmodified kernel does not pass within N seconds do not count (default: 10)",
     )  # fmt: skip
     mutants.add_argument("--selftests", type=Path, metavar="DIR", help="built KVM selftests (default: the tree's)")
     mutants.add_argument("--unit-tests", type=Path, metavar="DIR", help="built kvm-unit-tests (default: none)")
-
-
-def _seconds(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text}: give whole seconds, 1 or more")
-    return int(text)
 
 
 def _mutants(args: argparse.Namespace) -> int:

@@ -434,7 +434,7 @@ def test_no_time_for_a_test_is_refused(seconds, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["mutants", "--peers", f"--peer-seconds={seconds}"])
     assert stopped.value.code == 2
-    assert f"{seconds}: give whole seconds, 1 or more" in capsys.readouterr().err
+    assert f"{seconds}: give a number, 1 or more" in capsys.readouterr().err
 
 
 def test_a_peer_trial_survives_json():

@@ -129,6 +129,16 @@ def test_bisect_never_takes_an_error_of_ours_for_a_bad_commit(error, monkeypatch
     assert main(["bisect-run"]) == UNUSABLE
 
 
+@pytest.mark.parametrize("words", [["--tree", "/"], ["--tree", "/", "-k", "("], ["--bogus"], ["--help"]])
+def test_bisect_takes_no_commit_for_good_or_bad_where_nobody_listens(words):
+    """Nor does Python's own status for output that it could not write mean anything to git but a bad commit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run([*HARNESS, "bisect-run", *words], stdout=closed, stderr=closed, timeout=120, check=False)
+    assert done.returncode == UNUSABLE
+
+
 def test_bisect_stops_without_a_tree(tmp_path):
     status, text = harness("bisect-run", "--tree", tmp_path, "--qemu", "system")
     assert (status, "is no git tree" in text) == (UNUSABLE, True)
