@@ -430,3 +430,54 @@ def test_a_watchdog_that_comes_too_late_ends_no_completion(machine, host):
     machine.vcpu.expire()
     assert [seen.exit for seen in machine.apply(Complete())] == [Halt()]
     assert [seen.exit for seen in machine.apply(Run())] == [Halt()]
+
+
+TWO_SLOTS = VmShape((Slot(0, 0x4000), Slot(0x10000, 0x2000)))
+
+
+@pytest.mark.parametrize("gpa", [0, 0x1FFF, 0x2001, 0x3FFF, 0x10000, 0x11FFF])
+@pytest.mark.parametrize("before", ["c6075a f4", "f4"])
+def test_a_byte_that_changes_behind_the_back_of_a_case_is_seen(machine, host, gpa, before):
+    """Whatever is known of RAM from the Case before, which wrote a page (mov byte [bx], 0x5a) or none."""
+    case = replace(real_mode(host, before), shape=TWO_SLOTS)
+    ((right,),) = seen_in(machine, case)
+    steps = [[replace(right, pages=machine.pages())]]
+    slot = next(s for s in TWO_SLOTS.slots if s.gpa <= gpa < s.gpa + s.size)
+
+    class Changed(Recording):
+        """Lockstep asks it first: RAM is laid out, KVM has not run yet."""
+
+        def apply(self, action):
+            machine._warm.vm.ram[slot][gpa - slot.gpa] ^= 0xFF
+            return super().apply(action)
+
+    for _ in range(2):
+        assert execute(case, Recording(steps), machine).clean
+        assert execute(case, Recording(steps), machine).clean
+        found = execute(case, Changed(steps), machine)
+        assert found.difference is not None
+        assert found.difference.where == ("memory",)
+        assert found.difference.memory[0].gpa == gpa
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("changes", [
+    {"cr2": 0x77}, {"fs.base": 0x1230}, {"gs.selector": 0x10}, {"idtr.limit": 0x2FF}, {"dr1": 0x99},
+    {"events.nmi_masked": 1}, {"xcr0": 3}, {"msr.star": 0x55},
+])  # fmt: skip
+def test_a_register_that_changes_behind_the_back_of_a_case_is_seen(kvm, host, sync, changes):
+    """What the last Case showed is believed, and not written again; but never compared with."""
+    if "xcr0" in changes and not {"xsave", "sse"} <= host.profile.features:
+        pytest.skip("no XSAVE in the guest CPUID")
+    case = real_mode(host, "f4", start=START.with_({"msr.star": 0}))
+    with KvmMachine(kvm, sync=sync) as machine:
+        for _ in range(2):
+            assert execute(case, ReferenceMachine(), machine).clean
+            vcpu, epoch = machine.vcpu, machine.vcpu.epoch
+            state = machine.state().with_(changes)
+            (name,) = (n for n, data in machine.sections().items() if pack_sections(state, (n,))[n] != data)
+            vcpu.put(name, pack_sections(state, (name,))[name])
+            vcpu.epoch = epoch
+            found = execute(case, ReferenceMachine(), machine)
+            assert found.difference is not None
+            assert found.difference.where == tuple(changes)
