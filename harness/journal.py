@@ -133,7 +133,8 @@ class RunResults:
 
     ``path``: the journal; ``header``: of the run (host, started, and ``cell`` where a lab ran it); ``records``: one for
     each finished Case; ``finished``: the run came to its end; ``damage``: lines that were left out; ``chosen``: how
-    many Cases were to run, None where the journal does not say; ``lost``: why the run ended early, if it said so.
+    many Cases were to run, None where the journal does not say; ``lost``: why the run ended early, if it said so;
+    ``enough``: it ended when so many Cases had failed as it was asked to look for.
     """
 
     path: Path
@@ -143,6 +144,7 @@ class RunResults:
     damage: tuple[Damage, ...] = ()
     chosen: int | None = None
     lost: str = ""
+    enough: bool = False
 
     @property
     def folder(self) -> Path:
@@ -186,7 +188,7 @@ def read_run(folder: Path) -> RunResults:
     header: Mapping[str, Any] = {}
     records: list[Mapping[str, Any]] = []
     damage: list[Damage] = []
-    finished, chosen, lost = False, None, ""
+    finished, chosen, lost, enough = False, None, "", False
     for number, line in enumerate(_whole_lines(path), 1):
         record = _parse(line)
         if isinstance(record, str):
@@ -201,10 +203,11 @@ def read_run(folder: Path) -> RunResults:
         if isinstance(record, dict):
             finished = finished or "finished" in record
             chosen = record["chosen"] if isinstance(record.get("chosen"), int) else chosen
+            enough = enough or bool(record.get("enough"))
             lost = str(record.get("lost", lost)).partition("\n")[0]
     if not header and (not records or not damage or damage[0].line != 1):
         raise JournalError(f"{path}: not a journal of format {FORMAT}; give the --out folder of a run")
-    return RunResults(path, header, tuple(records), finished, tuple(damage), chosen, lost)
+    return RunResults(path, header, tuple(records), finished, tuple(damage), chosen, lost, enough)
 
 
 def read_journal(folder: Path) -> Iterator[dict[str, Any]]:

@@ -294,7 +294,7 @@ class _Results:
         failed = any(Verdict(r["verdict"]) in _BAD for r in self.config.stash[results_key])
         asked = self.config.getoption("maxfail") and failed  # xdist stops by an interrupt of its own
         if journal is not None and (asked or exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)):
-            journal.append({"finished": True})
+            journal.append({"finished": True, "enough": bool(asked)})
 
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

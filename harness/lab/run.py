@@ -195,7 +195,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             progress(f"{cell.name}: instructions that its emulator lacks added to {path}: {', '.join(sorted(refused))}")
             progress(f"{cell.name}: outcomes recorded in {path}: {len(endings)}")
         if not run.tally.total or run.tally.done >= run.tally.total or run.enough:
-            journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})
+            ended = {"finished": True, "enough": run.enough, "seconds": round(time.monotonic() - began, 1)}
+            journal.append(ended)
     except NoKvmError as error:
         take_whole(outcome, journal, progress, regressed("KVM", str(error)))
         journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})

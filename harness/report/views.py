@@ -70,4 +70,4 @@ def title_lines(run: RunResults) -> list[str]:
     """Where, when and in which cells the run was."""
     lines = [f"{run.header.get('host', 'unknown host')}, started {run.header.get('started', 'unknown')}"]
     lines += [f"cell {cell}" for cell in run.cells if cell]
-    return [*lines, f"{run.extent}: enough of them had failed"] if run.complete and run.extent else lines
+    return [*lines, f"{run.extent}: enough of them had failed"] if run.enough and run.extent else lines

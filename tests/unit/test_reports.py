@@ -37,9 +37,9 @@ RECORDS = (
 )  # fmt: skip
 
 
-def run_of(*records, finished=True, damage=(), folder=Path("/nowhere"), chosen=None, **header):
+def run_of(*records, finished=True, damage=(), folder=Path("/nowhere"), chosen=None, enough=False, **header):
     header = {"host": "Linux 7.3 <kvm_amd>", "started": "2026-11-23T12:00:00+00:00", **header}
-    return RunResults(folder / "journal.jsonl", header, tuple(records), finished, tuple(damage), chosen)
+    return RunResults(folder / "journal.jsonl", header, tuple(records), finished, tuple(damage), chosen, "", enough)
 
 
 @pytest.fixture
@@ -98,8 +98,14 @@ def test_a_cell_is_told_once_and_with_each_case_where_there_are_several():
 
 
 def test_a_run_that_stopped_at_a_failure_says_how_far_it_came():
-    assert "9 of 40 cases ran: enough of them had failed" in text_report(run_of(*RECORDS, chosen=40)).splitlines()
-    assert "cases ran" not in text_report(run_of(*RECORDS, chosen=9))
+    stopped = text_report(run_of(*RECORDS, chosen=40, enough=True))
+    assert "9 of 40 cases ran: enough of them had failed" in stopped.splitlines()
+    assert "cases ran" not in text_report(run_of(*RECORDS, chosen=9, enough=True))
+
+
+def test_a_run_of_other_tests_too_has_not_stopped_at_a_failure():
+    """As pytest's own over all of tests/kvm: what was chosen is more than the Cases."""
+    assert "cases ran" not in text_report(run_of(*RECORDS, chosen=40))
 
 
 def test_one_is_not_several():
