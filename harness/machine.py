@@ -48,7 +48,7 @@ from harness.exits import (
     Timeout,
     Unknown,
 )
-from harness.pool import SHARED, Packer, Pool, Warm, may_be_nested
+from harness.pool import SHARED, Packer, Pool, Warm
 from harness.state import CpuState, pack_regs, pack_sections, unpack_sections
 from harness.vm import RUN_LIMIT, SYNC, Kvm, KvmUnusableError, RunTimeoutError, Vcpu
 
@@ -200,7 +200,7 @@ class KvmMachine:
     def _other_vm(self, case: Case) -> Warm:
         """A VM of the pool, and the last one back to it if it is still good."""
         last = self._warm
-        if last is not None and (self._poisoned or self._pending or self._smi or may_be_nested(last.seen)):
+        if last is not None and (self._poisoned or self._pending or self._smi or last.may_be_nested):
             self._pool.drop(last)
         self._warm = self._current = None
         self._pending = self._smi = False

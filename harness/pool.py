@@ -55,10 +55,13 @@ class Warm:
         self.vm.close()
 
     def serves(self, shape: VmShape, profile: CpuProfile) -> bool:
-        """Whether this is the VM for such a Case; not once its guest may have nested state, which no section shows."""
-        if self._shape is not shape or self._profile is not profile:
-            return False
-        return self._seen_epoch != self.vcpu.epoch or not may_be_nested(self._seen)
+        """Whether this is the VM for such a Case; not once its guest may have nested state."""
+        return self._shape is shape and self._profile is profile and not may_be_nested(self._seen)
+
+    @property
+    def may_be_nested(self) -> bool:
+        """Its guest may have nested state, which no section shows, by what was last seen of it, be that over or not."""
+        return may_be_nested(self._seen)
 
     # --- registers ---
 

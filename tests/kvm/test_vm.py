@@ -481,3 +481,17 @@ def test_a_register_that_changes_behind_the_back_of_a_case_is_seen(kvm, host, sy
             found = execute(case, ReferenceMachine(), machine)
             assert found.difference is not None
             assert found.difference.where == tuple(changes)
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_vm_whose_guest_may_have_nested_state_serves_no_other_case(machine, host, later):
+    """As it was last seen, even if something may have changed it since: a single step ends with an ioctl."""
+    case = real_mode(host, "f4")
+    run(machine, case)
+    warm = machine._warm
+    assert warm.serves(case.shape, case.profile)
+    warm.remember({**machine.sections(), **pack_sections(START.with_({"efer": 1 << 12}), ("sregs2",))})
+    warm.vcpu.epoch += later
+    assert not warm.serves(case.shape, case.profile)
+    run(machine, case)
+    assert machine._warm is not warm
