@@ -42,11 +42,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        self.folder = results_folder(folder)
-        try:
-            self._fd = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise _not_there(folder, error) from error
+        self.folder, self._fd = folder, open_in(folder, NAME)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -88,6 +84,15 @@ def results_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise JournalError(f"{folder}: cannot write there: no permission; give another --out")
     return folder
+
+
+def open_in(folder: Path, name: str) -> int:
+    """Descriptor of a file in a :func:`results_folder`, to lock it or append to it; made if need be. JournalError."""
+    path = results_folder(folder) / name
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _not_there(path, error) from error
 
 
 def free_folder(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Final
 
-from harness.journal import results_folder
+from harness.journal import open_in
 from harness.lab import ksource
 from harness.lab.cache import Progress, digest, quiet
 from harness.lab.catalogue import edits_for
@@ -350,7 +350,7 @@ def _lost(outcome: CellOutcome) -> str:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Hold a folder of results. LabInputError when another run has it, JournalError when it cannot be one."""
-    fd = os.open(results_folder(out) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = open_in(out, "lock")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

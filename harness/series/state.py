@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from harness.journal import OUT, results_folder
+from harness.journal import OUT, open_in
 from harness.lab.cache import digest
 from harness.lab.errors import LabError, LabInputError
 
@@ -34,7 +34,7 @@ class Folder:
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
-        self._fd = os.open(results_folder(path) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = open_in(path, ".lock")
         try:
             self._lock()
             self._check({"series": FORMAT, **about})

@@ -69,6 +69,12 @@ def test_results_in_a_file(tree, tmp_path):
     assert (status, "file: cannot write there: it is no folder; give another --out" in text) == (2, True)
 
 
+def test_results_where_the_lock_cannot_be(tree, tmp_path):
+    (tmp_path / "out" / ".lock").mkdir(parents=True)
+    status, text = harness("series", "base..main", "--tree", tree.path, "--out", tmp_path / "out")
+    assert (status, "out/.lock: cannot write there: Is a directory; give another --out" in text) == (2, True)
+
+
 def test_an_unknown_range(tree):
     status, text = harness("series", "nope..main", "--tree", tree.path)
     assert (status, "has no commit 'nope'" in text) == (2, True)
