@@ -110,7 +110,8 @@ EXTRA: Mapping[str, Patch] = {
     ),
     "fault-kvm": Patch(
         "KVM: SVM: A kernel without KVM\n",
-        SVM, (("	if (!kvm_is_svm_supported())\n		return", "	if (true)\n		return"),), "bad", ("worse",),
+        SVM, (("	if (!kvm_is_svm_supported())\n		return", "	if (kvm_is_svm_supported())\n		return"),),
+        "bad", ("worse",),
     ),
     "fault-warn": Patch(
         "KVM: x86: Warn of every XCHG with memory\n", EMULATE,

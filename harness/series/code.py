@@ -40,7 +40,7 @@ from harness.series.normal import OF, Item, ObjectRecord, record_object, whole_f
 from harness.series.objects import BuiltObject, built_objects
 from harness.words import counted
 
-_FORMAT: Final = 4  # of the JSON form: raise it when the normal form changes
+_FORMAT: Final = 5  # of the JSON form: raise it when the normal form changes
 _SHOWN: Final = 12  # lines per object, and names of renamed and moved symbols
 
 

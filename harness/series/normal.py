@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from harness.lab.errors import LabInputError
 from harness.series.elf import (
     SHF_MERGE,
     SHN_ABS,
@@ -95,11 +98,27 @@ def record_object(path: Path) -> ObjectRecord:
 
 
 def whole_file(path: Path, *more: Path, without: str) -> ObjectRecord:
-    """A file (or several) that is compared as it is, but for a path in it that says where the build stands."""
+    """A file (or several) that is compared as it is, but for a path in it that says where the build stands.
+
+    Of an object the debugging information is left aside. LabInputError when objcopy cannot do that.
+    """
     status = path.stat()
-    content = b"".join(file.read_bytes() for file in (path, *more)).replace(without.encode(), b"")
-    item = Item(path.name, "file", "", False, 0, status.st_size, _digest(content), ())
+    content = b"".join(_without_debugging(file) for file in (path, *more)).replace(without.encode(), b"")
+    item = Item(path.name, "file", "", False, 0, len(content), _digest(content), ())
     return ObjectRecord((status.st_size, status.st_mtime_ns), True, (item,))
+
+
+def _without_debugging(path: Path) -> bytes:
+    """The bytes of a file; of an ELF object without debugging information, which says where its sources stood."""
+    content = path.read_bytes()
+    if not content.startswith(b"\x7fELF"):
+        return content
+    with tempfile.NamedTemporaryFile() as stripped:
+        command = ["objcopy", "--strip-debug", str(path), stripped.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise LabInputError(f"{path}: objcopy cannot read it ({done.stderr.strip()}): build again")
+        return Path(stripped.name).read_bytes()
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

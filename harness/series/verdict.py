@@ -149,9 +149,10 @@ class CellReport:
         return ", ".join(more if len(self.others) > mended else ["agree", *more])
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
+        """A JSON object; ``verdict`` is null where nothing ran."""
+        verdict = self.verdict.value if self.tier or self.problem else None
         return {
-            "cell": self.cell, "tier": self.tier, "folder": self.folder, "verdict": self.verdict.value,
+            "cell": self.cell, "tier": self.tier, "folder": self.folder, "verdict": verdict,
             "counts": dict(self.counts), "checks": self.checks, "changes": [c.to_json() for c in self.changes],
             "inherited": dict(self.inherited), "quarantined": list(self.quarantined), "problem": self.problem,
             "seconds": round(self.seconds, 1),

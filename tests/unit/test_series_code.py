@@ -14,7 +14,7 @@ import pytest
 from harness.lab.errors import LabInputError
 from harness.series.code import CodeChange, CodeRecord, compare, record
 from harness.series.elf import SHF_ALLOC, SHT_NOBITS, ObjectError, read_object
-from harness.series.normal import record_object
+from harness.series.normal import record_object, whole_file
 
 FLAGS = (
     "-O2", "-fno-pie", "-mcmodel=kernel", "-fno-asynchronous-unwind-tables", "-fcf-protection=none", "-fno-ipa-ra",
@@ -560,6 +560,23 @@ def test_boot_code_that_holds_the_kernels_addresses_is_compared_by_its_sources(d
     old = made(1000)
     (boot / "compressed/misc.c").write_text('#include "../voffset.h"\nlong end = VO__end + 1;')
     assert symbols(compare(old, made(1000))) == {"grew": ["misc.c"]}
+
+
+@pytest.mark.parametrize("bits", ["-m16", "-m32"])
+def test_the_setups_code_is_the_same_wherever_it_was_built(tmp_path: Path, bits: str) -> None:
+    """Its objects are compared whole, but for debugging information: lines, and the folder of the sources."""
+
+    def made(folder: str, text: str) -> str:
+        path = tmp_path / folder / "regs.o"
+        path.parent.mkdir()
+        (path.parent / "regs.c").write_text(text)
+        source = str(path.parent / "regs.c")
+        subprocess.run(["gcc", bits, "-O2", "-g", "-fno-pie", "-ffreestanding", "-c", source, "-o", path], check=True)
+        return whole_file(path, without=str(tmp_path / folder)).digest
+
+    before = made("one", "int two(void) { return 2; }\n")
+    assert made("another", "/* says 2 */\nint two(void) { return 2; }\n") == before
+    assert made("third", "int two(void) { return 3; }\n") != before
 
 
 def test_directory_without_a_build(tmp_path: Path) -> None:
