@@ -37,8 +37,12 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
 
 
 def text_report(run: RunResults) -> str:
-    """The whole view: each Case that neither agrees nor is a limit of the host, with the command that shows it."""
-    return "\n".join([*title_lines(run), *_cases(run), *summary_lines(run.records)]) + "\n"
+    """The whole view: each Case that neither agrees nor is a limit of the host, with the command that shows it.
+
+    Of a run that did not come to its end, that is said before anything it came to.
+    """
+    lines = [*title_lines(run), *run.incomplete_because(), *_cases(run), *summary_lines(run.records)]
+    return "\n".join(lines) + "\n"
 
 
 def _cases(run: RunResults) -> Iterator[str]:

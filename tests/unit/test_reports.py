@@ -229,6 +229,13 @@ def test_html_says_what_is_missing(broken):
     assert "incomplete" in text
 
 
+def test_text_says_first_that_a_run_is_incomplete(broken):
+    assert "incomplete" not in text_report(run_of(RECORDS[0]))
+    cut = text_report(run_of(RECORDS[0], finished=False))
+    assert 0 <= cut.index("incomplete") < cut.index("agree")
+    assert "journal.jsonl:3: damaged" in text_report(broken)
+
+
 # --- comparison -----------------------------------------------------------------------------------------------------
 
 
