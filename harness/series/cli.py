@@ -42,7 +42,9 @@ def add_series(parser: argparse.ArgumentParser) -> None:
         help="auto: full in configurations that reach changed code, smoke in the others (default); or one for all",
     )  # fmt: skip
     parser.add_argument(
-        "--quick", action="store_true", help="for the impatient: --config svm --tier smoke, unless given otherwise"
+        "--quick", action="store_true",
+        help="for the impatient: --config svm --tier smoke, unless given otherwise; hardly reaches KVM's emulator "
+        "(--config svm,svm-emul does)",
     )
     parser.add_argument(
         "--second-config", action="store_true",
