@@ -534,16 +534,17 @@ class Vcpu(_Owner):
 
 
 def transfer(fd: int, request: int, data: bytes | bytearray) -> int:
-    """An ioctl that reads bytes, or reads and fills a bytearray, and returns a number (for bytes, nothing of use).
+    """An ioctl that reads bytes, or reads and fills a bytearray. What it returns; of bytes, 0.
 
     A third less time than by way of ctypes. ``data`` must be as long as the structure, and have up to 1024 bytes.
     Raises KvmError. For the vCPU's own requests only: no signal ends one of them that does not end the process
     (kvm_vcpu_ioctl() waits in mutex_lock_killable() alone).
     """
     try:
-        return plain_ioctl(fd, request, data)  # type: ignore[return-value]  # bytes for bytes
+        result = plain_ioctl(fd, request, data)
     except OSError as error:
         raise k.KvmError(request, error.errno or 0) from None
+    return result if isinstance(result, int) else 0
 
 
 @lru_cache(maxsize=64)
