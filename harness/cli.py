@@ -287,7 +287,7 @@ def _add_mutants(verbs: Verbs[argparse.ArgumentParser]) -> None:
     mutants.add_argument("--peers", action="store_true", help="upstream's own tests on the same kernels, too")
     mutants.add_argument(
         "--peer-seconds", type=positive, metavar="N",
-        help="with --peers: tests that the unmodified kernel does not pass within N seconds do not count (default: 10)",
+        help="with --peers: tests that the unmodified kernel does not pass within N seconds do not count (default: 5)",
     )  # fmt: skip
     mutants.add_argument("--selftests", type=Path, metavar="DIR", help="built KVM selftests (default: the tree's)")
     mutants.add_argument("--unit-tests", type=Path, metavar="DIR", help="built kvm-unit-tests (default: none)")

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -243,9 +243,9 @@ class Peers:
         by_name = {(test.suite, test.name): test for test in self._tests}
         self._tests = [by_name[suite, name] for suite, name in names if (suite, name) in by_name]
 
-    def limit(self, seconds: int) -> None:
-        """Give no test more than that."""
-        self._tests = [replace(test, limit=min(test.limit, seconds)) for test in self._tests]
+    def limit(self, seconds: Callable[[str], int]) -> None:
+        """Give no test more than ``seconds`` says of its name."""
+        self._tests = [replace(test, limit=min(test.limit, seconds(test.name))) for test in self._tests]
 
     def __len__(self) -> int:
         return len(self._tests)

@@ -118,7 +118,7 @@ def units(tmp_path_factory):
 def test_each_ends_as_it_did_and_is_blamed_alone(cell, programs, tmp_path):
     peers = Peers(cell, tmp_path)
     peers.add_selftests(programs)
-    peers.limit(3)
+    peers.limit(lambda name: 3)
     results = {r.test.name: r for r in peers.run()}
     assert {name: r.outcome for name, r in results.items()} == {
         "x86/opens_kvm": "pass", "x86/skips": "skip", "x86/fails": "fail", "hangs": "timeout", "panics": "splat",

@@ -310,6 +310,12 @@ def test_only_what_the_unmodified_kernel_passes_in_time_counts_the_quickest_firs
     assert Yardstick.from_json(json.loads(json.dumps(YARDSTICK.to_json()))) == YARDSTICK
 
 
+def test_upstreams_own_test_of_register_synchronization_may_take_twice_as_long():
+    shown = Yardstick(5, (("selftests", "x86/sync_regs_test", "pass", 9.5), ("selftests", "slow", "pass", 9.5)))
+    assert shown.counting(5) == [["selftests", "x86/sync_regs_test"]]
+    assert shown.left_out(5) == {"not through in 5 s": ["slow"]}
+
+
 class _ToyMachine:
     """Upstream's tests, on a machine where they end as they are told to."""
 
@@ -320,7 +326,7 @@ class _ToyMachine:
         self.names = list(names)
 
     def limit(self, seconds):
-        self.seconds = seconds
+        self.seconds = seconds("a")
 
     def __len__(self):
         return len(self._shown)
@@ -388,6 +394,12 @@ def test_the_unmodified_kernel_is_asked_once_and_a_bug_runs_what_it_passes_on_on
     assert again.names == [["selftests", "c"]]
     assert first.seconds > control.seconds, "a busy host hangs no test"
     assert campaign.left_out() == {"svm": {"skip": ["b"], "fail": ["d"]}}
+
+
+def test_a_test_that_saw_a_bug_goes_first_with_the_next(machines, peer_campaign):
+    machines.shown += [CONTROL, [("a", "pass"), ("c", "fail")], [("c", "fail")], [("c", "fail")], [("c", "fail")]]
+    list(peer_campaign().run([BUG, replace(BUG, name="other")]))
+    assert machines.asked[3].names == [["selftests", "c"], ["selftests", "a"]]
 
 
 def test_a_test_that_fails_once_has_seen_nothing(machines, peer_campaign):
