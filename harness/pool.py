@@ -37,7 +37,7 @@ class Warm:
         except BaseException:
             self.vm.close()
             raise
-        self._shape, self._profile = shape, profile
+        self.shape, self._profile = shape, profile
         self.others: list[Vcpu] = []
         """Further vCPUs, made for the one Case that this VM then serves."""
         self.pkru = bytes(4)
@@ -56,7 +56,7 @@ class Warm:
 
     def serves(self, shape: VmShape, profile: CpuProfile) -> bool:
         """Whether this is the VM for such a Case; not once its guest may have nested state."""
-        return self._shape is shape and self._profile is profile and not may_be_nested(self._seen)
+        return self.shape is shape and self._profile is profile and not may_be_nested(self._seen)
 
     @property
     def may_be_nested(self) -> bool:
@@ -161,7 +161,7 @@ class Pool:
     def get(self, shape: VmShape, profile: CpuProfile) -> Warm:
         """A VM of this shape whose vCPU has this profile; made afresh if there is none."""
         last = self._last
-        if last is not None and last.vm.shape is shape and last.vcpu.profile is profile:
+        if last is not None and last.shape is shape and last.vcpu.profile is profile:
             return last
         key = (shape, id(profile))  # a pooled vCPU keeps its profile alive
         warm = self._all.get(key)
@@ -173,6 +173,7 @@ class Pool:
             warm = self._all[key] = Warm(self.kvm, shape, profile)
         else:
             self._all.move_to_end(key)
+            warm.shape = shape  # an equal one, but the next Cases will have this object: serves() asks no more
         self._last = warm
         return warm
 
