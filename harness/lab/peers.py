@@ -56,6 +56,7 @@ for name in /sys/class/virtio-ports/*/name; do
     [ "$port" = CHANNEL ] && port=${name%/name} && exec 3<> "/dev/${port##*/}"
 done
 ulimit -n 8192
+mkdir -p /dev/shm && busybox mount -t tmpfs shm /dev/shm  # where sem_open() makes semaphores
 cd /payload
 echo ready >&3
 while read -r limit command <&3 && [ "$limit" != end ]; do
