@@ -437,16 +437,18 @@ _GROUPS: Final = frozenset(map(bytes.fromhex, _GROUP_OPCODES.split()))
 def instruction_name(code: bytes, bits: int = 0) -> str:
     """The opcode of an instruction, for grouping: legacy prefixes that select an instruction, escape, opcode.
 
-    REX is left out before 0F, and in 64-bit code everywhere; with ``bits`` a group's opcode has its number (``/4``).
+    66 is one of them after 0F 38 and 0F 3A alone (SDM vol. 2D A.3, tables A-4 and A-5). REX is left out before 0F, and
+    in 64-bit code everywhere; with ``bits`` a group's opcode has its number (``/4``).
     """
     at = 0
     while at < len(code) - 1 and code[at] in _PREFIXES:
         at += 1
-    mandatory = "".join(f"{b:02x} " for b in sorted(set(code[:at])) if b in (0xF2, 0xF3))
+    prefixes = set(code[:at])
     while at < len(code) - 1 and 0x40 <= code[at] <= 0x4F and (bits == 64 or code[at + 1] == 0x0F):
         at += 1
     size = 1 if code[at] != 0x0F else 3 if code[at + 1 : at + 2] in (b"\x38", b"\x3a") else 2
-    name = mandatory + code[at : at + size].hex(" ")
+    selecting = prefixes & ({0x66, 0xF2, 0xF3} if size == 3 else {0xF2, 0xF3})
+    name = "".join(f"{b:02x} " for b in sorted(selecting)) + code[at : at + size].hex(" ")
     if bits and code[at : at + size] in _GROUPS and at + size < len(code):
         name += f" /{code[at + size] >> 3 & 7}"
     return name

@@ -9,6 +9,7 @@ import pytest
 from harness.case import Case, Memory, Observation
 from harness.cpuid import CpuidEntry, CpuProfile, with_features
 from harness.exits import Halt, InternalError, Shutdown, Timeout
+from harness.host import instruction_name
 from harness.judge import Judge, outcome
 from harness.lab import profile as module
 from harness.lab.configurations import CONFIGURATIONS
@@ -190,6 +191,15 @@ def test_the_instruction_that_kvm_would_not_emulate_is_named(high):
     seen = [Observation(Halt(), pack_sections(s, ("regs", "sregs"))) for s in (start, refused)]
     found = Difference(0, 0, *seen)
     assert refused_instruction(case, found, lambda at, size: ram[at][:size]) == "0f 01 /7 in long"
+
+
+@pytest.mark.parametrize(("code", "bits", "name"), [
+    ("0f38f05308", 64, "0f 38 f0"), ("660f38f05308", 32, "66 0f 38 f0"), ("66440f38f14b08", 64, "66 0f 38 f1"),
+    ("f20f38f0c0", 64, "f2 0f 38 f0"), ("66f20f38f1c0", 64, "66 f2 0f 38 f1"), ("660fc7f0", 32, "0f c7 /6"),
+    ("6690", 32, "90"), ("f30fb8c0", 64, "f3 0f b8"),
+])  # fmt: skip
+def test_prefixes_that_select_an_instruction_are_in_its_name(code, bits, name):
+    assert instruction_name(bytes.fromhex(code), bits) == name
 
 
 def test_a_capability_of_the_other_vendor_is_no_loss():
