@@ -297,6 +297,34 @@ test xlat
 point_b
 xlat
 fin
+.macro t_movbe r
+test movbe_load_\r
+point_b
+movbe 5(pb), %\r
+fin
+test movbe_store_\r
+point_b
+movbe %\r, 3(pb)
+fin
+.endm
+.irp r, bx,edx
+t_movbe \r
+.endr
+.if BITS == 64
+.irp r, r9w,r10d,rdi,r14
+t_movbe \r
+.endr
+test movbe_load_w66	# REX.W is stronger than 66
+point_b
+raw 0x66,0x48,0x0f,0x38,0xf0,0x43,0x05
+fin
+.endif
+test ud_movbe_from_reg	# there is no register form
+raw 0x0f,0x38,0xf0,0xd3
+fin
+test ud_movbe_to_reg
+raw 0x0f,0x38,0xf1,0xd3
+fin
 .if BITS == 16	# the stack pointer has 16 bits, whatever is above them
 .macro t_high_esp name, code
 test high_esp_\name

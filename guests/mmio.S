@@ -292,3 +292,25 @@ test lock_or
 mmio_b
 lock orl $1, (pb)
 fin
+.macro t_movbe r
+test movbe_load_\r
+mmio_b
+movbe 8(pb), %\r
+fin
+test movbe_store_\r
+mmio_b
+movbe %\r, 8(pb)
+fin
+.endm
+.irp r, bx,edx
+t_movbe \r
+.endr
+.if BITS == 64
+.irp r, r9w,r10d,rdi,r14
+t_movbe \r
+.endr
+test movbe_store_w66	# REX.W is stronger than 66
+mmio_b
+raw 0x66,0x48,0x0f,0x38,0xf1,0x43,0x08
+fin
+.endif

@@ -29,6 +29,7 @@ _WRONG: Final = (
 )
 _HLT: Final = 0xF4
 _INT: Final = 0xCD
+_UD: Final = 6
 
 
 class KnownError(ValueError):
@@ -55,6 +56,7 @@ class KnownDivergence:
     - ``no-shutdown``: it hangs, ends in an internal error or reaches a handler where a triple fault must shut it down
     - ``no-hypercall``: a hypercall that must leave for userspace does not, but returns 0
     - ``mmio-items N``: an access to MMIO lies N of its sizes away from the right one
+    - ``read-before-ud N``: userspace is asked for what MMIO at address N holds where #UD must be; no register changes
     - ``late-step``: the debug exit of a single step comes after one more instruction, an HLT
     - ``lost-step``: it does not come, for that HLT ends the guest
     - ``whole-rep``: that of one iteration of a REP MOVSB comes after all of them
@@ -101,6 +103,8 @@ class KnownDivergence:
             return _no_hypercall(difference)
         if isinstance(self.wrong, str) and self.wrong.startswith("mmio-items "):
             return _mmio_items(case, difference) == int(self.wrong.split()[1])
+        if isinstance(self.wrong, str) and self.wrong.startswith("read-before-ud "):
+            return _read_before_ud(difference) == int(self.wrong.split()[1], 0)
         if difference.exits_differ:
             return False
         if self.wrong == "whole-rep":
@@ -221,7 +225,7 @@ def _whole_rep(case: Case, difference: Difference) -> bool:
     )
 
 
-_RCX, _RSI, _RDI = 1, 6, 7
+_RCX, _RSP, _RSI, _RDI = 1, 4, 6, 7
 
 
 def _past_int(case: Case, found: MemoryDiff) -> bool:
@@ -260,6 +264,15 @@ def _mmio_items(case: Case, difference: Difference) -> int | None:
         return None
     items, rest = divmod(got.address - want.address, want.size)
     return None if rest else items
+
+
+def _read_before_ud(difference: Difference) -> int | None:
+    """The address of an MMIO read in place of the handler of #UD; general registers are as there but for RSP."""
+    want, got = difference.expected, difference.got
+    if got is None or not isinstance(got.exit, Mmio) or got.exit.write or want is None or _stub(want) != _UD:
+        return None
+    pairs = zip(*(unpack_sections(seen.sections).gpr for seen in (want, got)), strict=True)
+    return got.exit.address if all(a == b for n, (a, b) in enumerate(pairs) if n != _RSP) else None
 
 
 def _stub(seen: Observation | None) -> int | None:
@@ -307,7 +320,7 @@ def _usable(wrong: object) -> bool:
     if verb == "mmio-items":
         return number.removeprefix("-").isdecimal()
     number = number.removeprefix("clear ") if verb == "saved" else number
-    return (verb in ("clear", "set", "saved") and number.startswith("0x")) or (
+    return (verb in ("clear", "set", "saved", "read-before-ud") and number.startswith("0x")) or (
         verb == "exception" and number.isdecimal()
     )
 

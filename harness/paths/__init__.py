@@ -11,6 +11,7 @@ from typing import Final
 from harness.case import Case
 from harness.cpuid import CpuProfile
 from harness.modes import MODES
+from harness.paths.absent import absent_cases
 from harness.paths.apx import apx_exit_cases, apx_off_cases
 from harness.paths.apx_nested import apx_nested_cases
 from harness.paths.common import Family, cases
@@ -57,7 +58,7 @@ _MORE: Final[Mapping[str, Callable[[CpuProfile], Iterator[Case]]]] = {
     "resume": resume_cases, "step": step_cases, "hypercall": hypercall_cases, "upper": upper_cases,
     "nested": nested_cases, "mmio_stack": mmio_stack_cases, "vector": vector_cases, "window": window_cases,
     "wrap": wrap_cases, "smm": smm_cases, "high": high_cases, "apx_exits": apx_exit_cases, "apx_off": apx_off_cases,
-    "apx_nested": apx_nested_cases,
+    "apx_nested": apx_nested_cases, "absent": absent_cases,
 }  # fmt: skip
 
 _FORCED: Final = frozenset(

@@ -62,7 +62,7 @@ _MODE_FEATURES: Final = {
 }  # fmt: skip
 _ENTRY_FEATURES: Final = (
     ("cmpxchg16b", "cx16"), ("cmpxchg8b", "cx8"), ("cmov", "cmov"), ("syscall", "syscall"), ("real_to_long", "lm"),
-    ("xsetbv", "xsave"), ("osxsave", "xsave"),
+    ("xsetbv", "xsave"), ("osxsave", "xsave"), ("movbe", "movbe"),
 )  # fmt: skip
 # (mode or any, start of the Case's name) -> the trait of harness/host.py that a host must have.
 _ENTRY_TRAITS: Final = (

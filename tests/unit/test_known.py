@@ -340,6 +340,28 @@ def test_another_exit_that_is_missing_is_no_forgotten_hypercall():
     assert not row("no-hypercall", ()).explains(case, found)
 
 
+# --- #UD ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vector", "exit_", "values", "explained"),
+    [
+        (6, Mmio(0xA0348, 4, False, b""), {}, True),
+        (13, Mmio(0xA0348, 4, False, b""), {}, False),
+        (6, Mmio(0xA034C, 4, False, b""), {}, False),
+        (6, Mmio(0xA0348, 4, True, bytes(4)), {}, False),
+        (6, Mmio(0xA0348, 4, False, b""), {"rdx": 1}, False),
+        (6, Halt(), {}, False),
+    ],
+)
+def test_a_device_is_read_before_ud_and_no_register_changes(vector, exit_, values, explained):
+    case = case_of("0f38f05308f4")  # movbe edx, [rbx+8]
+    rsp = case.start.gpr[4]
+    expected = seen(case, Halt(), rip=STUBS + 16 * vector + 1, rsp=rsp - 40)
+    found = differing(case, expected, seen(case, exit_, **values))
+    assert row("read-before-ud 0xa0348", ()).explains(case, found) is explained
+
+
 @pytest.mark.parametrize("module", ["kvm_amd", "kvm_pvm"])
 def test_a_judge_finds_the_rows_that_cover_a_case(module):
     """It compiles their patterns together; each row still speaks of its own Cases alone."""

@@ -16,7 +16,7 @@ from harness.reference.machine import ReferenceMachine
 from harness.state import unpack_sections
 
 VENDOR = {"ebx": 0x68747541, "edx": 0x69746E65, "ecx": 0x444D4163}
-HAS = ["lm", "nx", "syscall", "pae", "pse", "msr", "sep", "fxsr", "sse", "xsave"]
+HAS = ["lm", "nx", "syscall", "pae", "pse", "msr", "sep", "fxsr", "sse", "xsave", "movbe"]
 PROFILE = with_features(CpuProfile((CpuidEntry(0, **VENDOR),)), add=HAS)
 EDI = 7
 
@@ -161,6 +161,50 @@ def test_a_stack_in_mmio_is_one_exit_an_item():
     case, seen, _ = run("mmio_stack/popa@real#0")
     assert case.start.ss.base == 0xA0000
     assert [o.exit.address for o in seen[:-1]] == [0xA0480 + 2 * n for n in range(8)]
+
+
+# --- MOVBE
+
+
+@pytest.mark.parametrize(("register", "n", "size", "keeps"), [
+    ("bx", 3, 2, 16), ("edx", 2, 4, 64), ("r9w", 9, 2, 16), ("r10d", 10, 4, 64), ("rdi", 7, 8, 64), ("r14", 14, 8, 64),
+])  # fmt: skip
+def test_what_movbe_moves_has_its_bytes_turned_around(register, n, size, keeps):
+    case, seen, states = run(f"mmio/movbe_load_{register}@long#0")
+    value = int.from_bytes(case.read_data(0, size), "big")
+    base = 0xA0340 if n == 3 else case.start.gpr[n]
+    upper = base >> keeps << keeps if keeps < 64 else 0
+    assert seen[0].exit == Mmio(0xA0348, size, False)
+    assert states[-1].gpr[n] == upper | value
+    case, seen, _ = run(f"mmio/movbe_store_{register}@long#0")
+    base = 0xA0340 if n == 3 else case.start.gpr[n]
+    assert seen[0].exit == Mmio(0xA0348, size, True, (base & (1 << 8 * size) - 1).to_bytes(size, "big"))
+
+
+def test_rex_w_decides_the_size_of_movbe_whatever_66_says():
+    case, seen, _ = run("mmio/movbe_store_w66@long#0")
+    assert seen[0].exit == Mmio(0xA0348, 8, True, case.start.gpr[0].to_bytes(8, "big"))
+
+
+@pytest.mark.parametrize("mode", ["real", "prot32", "long"])
+@pytest.mark.parametrize("which", ["from", "to"])
+def test_movbe_has_no_register_form(mode, which):
+    _, seen, states = run(f"gpr/ud_movbe_{which}_reg@{mode}#0")
+    assert [o.exit for o in seen] == [Halt()]
+    assert states[0].cs.base + states[0].rip == STUBS + 16 * 6 + 1
+
+
+def test_an_absent_movbe_is_ud_and_no_access_to_the_device():
+    without = family("absent")
+    assert {name.split("/")[-1].split("@")[0] for name in without} == {
+        *(f"movbe_{what}_{r}" for what in ("load", "store") for r in ("bx", "edx", "r9w", "r10d", "rdi", "r14")),
+        "movbe_store_w66",
+    }
+    for name in without:
+        case, seen, states = run(name)
+        assert "movbe" not in case.profile.features | case.requires
+        assert [o.exit for o in seen] == [Halt()]
+        assert states[0].cs.base + states[0].rip == STUBS + 16 * 6 + 1
 
 
 # --- the divergence that these showed
