@@ -97,6 +97,7 @@ def series(args: argparse.Namespace) -> int:
     """The verb."""
     from harness.series.git import Repository
 
+    configs = chosen_configurations(args.config or ("svm" if args.quick else DEFAULT_CONFIGS))
     if args.mbox is None:
         if args.base is not None:
             raise LabInputError("--base goes with --mbox: a range names its base itself, as in BASE..TIP")
@@ -111,14 +112,15 @@ def series(args: argparse.Namespace) -> int:
         title = f"{args.mbox.name} on {args.base}"
     if not args.allow_dirty and args.mbox is None:
         repository.check_clean()
-    return _validate(args, patches, title)
+    return _validate(args, patches, title, configs)
 
 
 def _mailed(args: argparse.Namespace) -> tuple[Repository, PatchRange]:
     from harness.lab.kbuild import workspace
     from harness.series.git import Repository
-    from harness.series.mbox import apply_mbox
+    from harness.series.mbox import apply_mbox, touched_files
 
+    touched_files(args.mbox)  # what is wrong with it needs no lock, for which another run may let this one wait
     base = Repository(args.tree).commit(args.base)
     with workspace(args.tree, progress=say) as work:
         tip = apply_mbox(work.copy, args.mbox, base, say)
@@ -126,7 +128,9 @@ def _mailed(args: argparse.Namespace) -> tuple[Repository, PatchRange]:
         return repository, repository.range(f"{base.id}..{tip.id}")
 
 
-def _validate(args: argparse.Namespace, patches: PatchRange, title: str) -> int:
+def _validate(
+    args: argparse.Namespace, patches: PatchRange, title: str, configs: Sequence[Configuration]
+) -> int:
     from harness.lab.cli import hardware
     from harness.lab.image import base_image
     from harness.series.live import Live
@@ -135,7 +139,6 @@ def _validate(args: argparse.Namespace, patches: PatchRange, title: str) -> int:
     from harness.series.state import Folder, default_folder
 
     tier = args.tier or ("smoke" if args.quick else "auto")
-    configs = chosen_configurations(args.config or ("svm" if args.quick else DEFAULT_CONFIGS))
     cells = _cells(configs, args.second_config)
     about = {
         "tree": str(args.tree.expanduser().resolve()), "base": patches.base.id,

@@ -99,7 +99,7 @@ class Repository:
     def range(self, text: str) -> PatchRange:
         """``BASE..TIP`` (``BASE..`` is up to HEAD). LabInputError for what is no linear series of commits."""
         if "..." in text or ".." not in text:
-            example = f"{text}..HEAD" if "..." not in text else text.replace("...", "..")
+            example = text.replace("...", "..") if "..." in text else self._ranges_with(text)
             raise LabInputError(f"{text!r} is no range BASE..TIP: two dots between two commits, as in {example}")
         first, _, last = text.partition("..")
         if not first:
@@ -120,6 +120,13 @@ class Repository:
         for commit in (base, commits[-1]):
             self.check_age(commit)
         return PatchRange(base, tuple(commits))
+
+    def _ranges_with(self, text: str) -> str:
+        """The ranges that somebody may have meant who gave one commit, of those that are not empty."""
+        one = self.commit(text)
+        found = [f"{text}~1..{text} for that commit alone"] if one.parents else []
+        found += [f"{text}..HEAD for all after it"] if one.id != self.commit("HEAD").id else []
+        return ", or ".join(found) or "v7.3..HEAD"
 
     def release(self, commit: Commit) -> tuple[str, tuple[int, int]]:
         """The release of a commit, as in a Makefile and as numbers. LabInputError for one that is no Linux."""

@@ -35,16 +35,7 @@ def apply_mbox(copy: PrivateCopy, mbox: Path, base: Commit, progress: Progress) 
     ``copy`` must be locked by the caller (harness.lab.kbuild.workspace). Raises LabInputError for what is no mailbox
     with patches, ApplyError when a patch does not apply, LabError.
     """
-    try:
-        mails = mbox.read_bytes()
-    except OSError as error:
-        raise LabInputError(f"{mbox}: {error.strerror}: give --mbox a file of patches as they were mailed") from error
-    files = {name.decode(errors="surrogateescape") for name in _FILE.findall(mails)}
-    if not files or not re.search(rb"^From[ :]", mails, re.MULTILINE):
-        raise LabInputError(
-            f"{mbox} holds no patch by mail: give what `git format-patch --stdout` or `b4 am` writes, or a mailbox "
-            "with the series"
-        )
+    files = touched_files(mbox)
     with _work_tree(copy, files) as work:
         progress(f"{mbox.name}: applying its patches to {base}")
         work.checkout(base)
@@ -56,6 +47,21 @@ def apply_mbox(copy: PrivateCopy, mbox: Path, base: Commit, progress: Progress) 
     if tip.id == base.id:
         raise LabInputError(f"{mbox} has no patch that changes anything")
     return tip
+
+
+def touched_files(mbox: Path) -> set[str]:
+    """The files that the patches of a mailbox name. LabInputError for what cannot be read, or holds no patch."""
+    try:
+        mails = mbox.read_bytes()
+    except OSError as error:
+        raise LabInputError(f"{mbox}: {error.strerror}: give --mbox a file of patches as they were mailed") from error
+    files = {name.decode(errors="surrogateescape") for name in _FILE.findall(mails)}
+    if not files or not re.search(rb"^From[ :]", mails, re.MULTILINE):
+        raise LabInputError(
+            f"{mbox} holds no patch by mail: give what `git format-patch --stdout` or `b4 am` writes, or a mailbox "
+            "with the series"
+        )
+    return files
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from harness.cli import main
 from harness.lab.configurations import configuration
 from harness.lab.errors import LabError
 from harness.lab.hardware import Emulator
+from harness.lab.kbuild import workspace
 from harness.lab.image import Image
 from harness.lab.run import Options
 from harness.series import bisect
@@ -97,6 +98,18 @@ def test_a_mailbox_that_does_not_apply(tree, tmp_path):
     assert status == 2
     assert "mail 1 of 1 does not apply: patch" in text
     assert "+\treturn x + 1;" in text
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "No such file"), ("hello", "holds no patch by mail")])
+def test_a_mailbox_that_is_none_waits_for_nobody(tree, tmp_path, content, said):
+    """Not even where another run builds the same tree."""
+    if content is not None:
+        (tmp_path / "x.mbox").write_text(content)
+    with workspace(tree.path):
+        status, text = harness("series", "--mbox", tmp_path / "x.mbox", "--base", "base", "--tree", tree.path)
+    assert status == 2
+    assert said in text
+    assert "waiting" not in text
 
 
 def test_a_full_disk(tmp_path):

@@ -116,10 +116,18 @@ def test_no_git_tree(tmp_path):
 def test_unknown_range(series):
     assert "no commit 'nope'" in refused(series, "nope..HEAD")
     assert "no commit 'nope'" in refused(series, "base..nope")
-    assert "two dots" in refused(series, "base")
+    assert "no commit 'nope'" in refused(series, "nope")
     assert "as in base..HEAD" in refused(series, "base...HEAD")
     assert "names no BASE" in refused(series, "..HEAD")
     assert "no commits" in refused(series, "base..base")
+
+
+def test_one_commit_is_no_range_and_no_empty_one_is_suggested(series):
+    assert refused(series, "HEAD").endswith("two dots between two commits, as in HEAD~1..HEAD for that commit alone")
+    assert refused(series, "HEAD~1").endswith("HEAD~1~1..HEAD~1 for that commit alone, or HEAD~1..HEAD for all after it")
+    assert refused(series, "base").endswith("as in base..HEAD for all after it")
+    for text in ("HEAD~1..HEAD", "HEAD~1~1..HEAD~1", "base..HEAD"):
+        assert Repository(series.path).range(text).commits
 
 
 def test_an_option_is_no_revision(series):
