@@ -204,6 +204,7 @@ def _add_run(verbs: Verbs[argparse.ArgumentParser]) -> None:
         "first makes all the Cases for itself, so that a small -k is slower with it (default: this process only)",
     )  # fmt: skip
     run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
+    run.add_argument("--list", action="store_true", help="print the names of the Cases, one a line, and run none")
 
 
 def _workers(text: str) -> int:
@@ -329,11 +330,14 @@ def _probe(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from harness.report.progress import Progress
-    from harness.run import Request, run_suite
+    from harness.run import Request, case_names, run_suite
 
     if args.names:
         meant = shlex.quote(" or ".join(args.names))
         return fail(f"run takes no {args.names[0]!r}: to select Cases by name, use -k {meant}", BAD_INPUT)
+    if args.list:
+        print("\n".join(case_names(args.kvm_device, args.k)))
+        return 0
     return run_suite(Request(args.kvm_device, args.out, args.k, args.n, args.fail_fast), Progress())
 
 

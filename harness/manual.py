@@ -57,10 +57,11 @@ PAGES: Final[Mapping[str, Page]] = {
         "failure, which `kvm-harness replay` runs again.",
         (
             "kvm-harness run", "kvm-harness run -k 'mmio and not @real#' --fail-fast",
-            "kvm-harness run -k 'alu/add_rr_b@long#0' --out out/one",
+            "kvm-harness run -k 'alu/add_rr_b@long#0' --out out/one", "kvm-harness run --list -k 'mmio and long'",
         ),
         {
-            0: "everything that ran agrees, or differs just as known_divergences.toml says", 1: "a mismatch or a splat",
+            0: "everything that ran agrees, or differs just as known_divergences.toml says; or listed",
+            1: "a mismatch or a splat",
             2: "bad usage, no Case selected, or none that this host can run", 3: "no usable KVM",
             4: "lost: the harness failed, or the disk is full", **_KEPT,
         },
@@ -199,7 +200,7 @@ PAGES: Final[Mapping[str, Page]] = {
             "kvm-harness lab run --tree ~/linux -k 'mmio and long'",
         ),
         {
-            0: "everything that ran agrees, or differs just as is known",
+            0: "everything that ran agrees, or differs just as is known; or listed",
             1: "a mismatch, a splat, or something regressed",
             2: "bad input, no Case selected, a kernel that cannot be used, or a tree that does not compile",
             4: "lost: the machinery failed, or the disk is full", **_KEPT,

@@ -14,8 +14,10 @@ from typing import Any, Final
 import pytest
 
 from harness import selection
+from harness.host import Host
 from harness.journal import NAME, free_folder, new_folder, read_run
 from harness.known import load_known
+from harness.paths import FAMILY_NAMES, all_cases
 from harness.paths.common import guest_for
 from harness.pytest_plugin import PROPERTY, ending_key, host_key
 from harness.report.progress import Progress
@@ -26,6 +28,7 @@ from harness.vm import Kvm
 from harness.words import counted
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+_LISTING: Final = "kvm-harness run --list"
 _SHOWN_IN_FULL: Final = 10
 """Failures that a run shows in full detail; the rest is in its report."""
 
@@ -47,6 +50,26 @@ class Request:
     expression: str | None = None
     workers: int = 0
     fail_fast: bool = False
+
+
+def case_names(device: Path, expression: str | None) -> list[str]:
+    """The names of the Cases that a run with this ``-k`` would select here; nothing runs.
+
+    Raises KvmUnusableError, GuestError; SelectionError when there is none.
+    """
+    if expression is not None:
+        selection.check(expression)
+    selects = selection.matcher(expression or "")
+    with Kvm(device) as kvm:
+        host = Host(kvm)
+        try:
+            names = [case.name for case in all_cases(host.profile)]
+        finally:
+            host.close()
+    chosen = [name for name in names if selects(name)]
+    if not chosen:
+        raise selection.SelectionError(selection.nothing_matches(expression, names, _LISTING))
+    return chosen
 
 
 def run_suite(request: Request, progress: Progress) -> int:
@@ -80,7 +103,7 @@ def run_suite(request: Request, progress: Progress) -> int:
         raise RunError("the suite could not be loaded: see above", Verdict.LOST.status)
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         _forget(request, out)
-        raise RunError(f"no Case matches -k {request.expression!r}; names look like alu/add_rr_b@long#0", BAD_INPUT)
+        raise RunError(selection.nothing_matches(request.expression, FAMILY_NAMES, _LISTING), BAD_INPUT)
     if status == pytest.ExitCode.USAGE_ERROR:
         raise RunError("pytest could not begin; see above", BAD_INPUT)
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 _ALIAS: Final = str.maketrans("@#", "[]")
@@ -29,8 +29,22 @@ def alias(name: str) -> str:
 
 
 def check(expression: str) -> None:
-    """Raise SelectionError unless pytest will take ``alias(expression)``."""
+    """Raise SelectionError unless pytest will take ``alias(expression)``, and something is in it.
+
+    To pytest an empty one is everything, but a user who gives it has most likely left a variable unset.
+    """
+    if not expression.strip():
+        raise SelectionError(f"-k {expression!r} is empty: leave -k out to select everything, or {_HINT}")
     _parse(expression)
+
+
+def nothing_matches(expression: str | None, names: Iterable[str], listing: str) -> str:
+    """What to say where no Case is selected of those with ``names``; ``listing`` is the command that lists them."""
+    families = dict.fromkeys(name.partition("/")[0] for name in names)
+    return (
+        f"no Case matches -k {expression!r}: names look like alu/add_rr_b@long#0, and {listing} lists all of them; "
+        f"families: {', '.join(families)}"
+    )
 
 
 def matcher(expression: str) -> Callable[[str], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ def add_verbs(verb: Verb) -> None:
     run.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: a new one under out/)")
     run.add_argument("-k", metavar="EXPR", help="only Cases whose name matches, as in pytest: 'gpr and long'")
     run.add_argument("--fail-fast", action="store_true", help="stop at the first mismatch")
+    run.add_argument("--list", action="store_true", help="print the names of the Cases, one a line, and run none")
     run.add_argument("--cold", action="store_true", help="boot each machine, even where one was kept to go on from")
     run.add_argument("--machines", type=positive, default=2, metavar="N", help="machines side by side (default: 2)")
     run.add_argument(
@@ -101,8 +103,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     from harness.lab.image import base_image
     from harness.lab.session import Cell
 
-    names = list(CONFIGURATIONS) if args.config == "all" else args.config.split(",")
-    chosen = [configuration(name) for name in names]
+    chosen = _configurations(args)
     if args.debian and all(config.edits for config in chosen):
         raise LabInputError(f"{args.config}: its kernel is edited source, not a stock one: give --tree DIR, or nothing")
     if args.variant != "default" and not args.tree and not any(config.edits for config in chosen):
@@ -115,6 +116,52 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         for config in chosen
         for kernel in ([_edited(args, config)] if config.edits else stock)
     ]
+
+
+def _configurations(args: argparse.Namespace) -> list[Configuration]:
+    names = list(CONFIGURATIONS) if args.config == "all" else args.config.split(",")
+    return [configuration(name) for name in names]
+
+
+def case_names(args: argparse.Namespace) -> list[str]:
+    """The names of the Cases that a run with these options would select, as the checked-in profiles have them.
+
+    Nothing is built, fetched or run. SelectionError when there is none, LabInputError.
+    """
+    from harness.lab.planner import cell_cases
+    from harness.lab.profile import load_profile
+    from harness.selection import SelectionError, matcher, nothing_matches
+
+    names: dict[str, None] = {}
+    for config in _configurations(args):
+        for series in _series(args, config):
+            profile = load_profile(config.name, series)
+            if profile is None:
+                raise LabInputError(f"{config.name} has no profile for Linux {series}: its Cases are known once it ran")
+            names |= dict.fromkeys(case.name for case in cell_cases(config, profile, args.tier))
+    selects = matcher(args.k or "")
+    chosen = [name for name in names if selects(name)]
+    if not chosen:
+        raise SelectionError(nothing_matches(args.k, names, "kvm-harness lab run --list"))
+    return chosen
+
+
+def _series(args: argparse.Namespace, config: Configuration) -> list[str]:
+    """The kernel series that the options name, "7.3" and the like, found without the kernels. LabInputError."""
+    from harness.lab import bzimage, ksource
+    from harness.lab.kernel import STOCK
+
+    if args.tree:
+        return ["{}.{}".format(*ksource.release_of(args.tree)[1])]
+    if config.edits:
+        return [SOURCE_SERIES]
+    if args.kernel:
+        return [".".join(re.findall(r"\d+", bzimage.release_of(args.kernel))[:2])]
+    named = (args.debian or DEFAULT_SERIES).split(",")
+    if unknown := [name for name in named if name not in STOCK]:
+        raise LabInputError(f"no stock kernel {unknown[0]!r}: there are {', '.join(STOCK)}")
+    newest = [name for name in STOCK if name != DEFAULT_SERIES][-1]  # a later one has its profile, too
+    return [newest if name == DEFAULT_SERIES else name for name in named]
 
 
 def hardware(chosen: Sequence[Configuration], which: str) -> Emulator:
@@ -206,11 +253,15 @@ def _run(args: argparse.Namespace) -> int:
     from harness.lab.run import Options, run_cells
     from harness.selection import check
 
+    if args.k is not None:
+        check(args.k)  # before anything is built or fetched
+    if args.list:
+        print("\n".join(case_names(args)))
+        return 0
     options = Options(
         args.tier, args.k, args.fail_fast, args.machines, args.write_profile, 60 * args.deadline, args.cold,
         reduce=True,
     )
-    check(args.k or "")  # before anything is built or fetched
     out = results_folder(args.out) if args.out else new_folder()
     return run_cells(cells(args), out, options, _say, sys.stderr)
 
@@ -224,7 +275,8 @@ def _peers(args: argparse.Namespace) -> int:
 
     if not (args.selftests or args.build_selftests or args.unit_tests):
         raise LabInputError("nothing to run: give --selftests DIR or --build-selftests, and --unit-tests DIR")
-    check(args.k or "")
+    if args.k is not None:
+        check(args.k)
     out = results_folder(args.out) if args.out else new_folder()
     found = args.selftests
     if args.build_selftests:

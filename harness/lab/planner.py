@@ -46,7 +46,7 @@ def cell_plan(configuration: Configuration, profile: Profile, tier: str, progres
     def make(folder: Path) -> None:
         progress(f"planning: the model runs every Case of tier {tier} for {configuration.name}")
         cases, skipped = [], []
-        for case in _cases(configuration, profile, tier):
+        for case in cell_cases(configuration, profile, tier):
             if reason := profile.unsupported(case):
                 skipped.append((case.name, case.id, reason))
             else:
@@ -59,7 +59,8 @@ def cell_plan(configuration: Configuration, profile: Profile, tier: str, progres
     return read_plan(folder / "plan")
 
 
-def _cases(configuration: Configuration, profile: Profile, tier: str) -> Iterable[Case]:
+def cell_cases(configuration: Configuration, profile: Profile, tier: str) -> Iterable[Case]:
+    """Every Case of the tier in a cell, those that its KVM cannot run included."""
     from harness.paths import all_cases, forced_cases
 
     found = forced_cases(profile.cpuid) if configuration.forced else all_cases(profile.cpuid)

@@ -34,7 +34,7 @@ from harness.report.failure import failure_text
 from harness.report.junit import junit_report
 from harness.report.ktap import ktap_report
 from harness.report.text import summary_lines
-from harness.selection import matcher
+from harness.selection import matcher, nothing_matches
 from harness.verdict import Verdict, exit_status
 from harness.words import counted
 
@@ -124,7 +124,8 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     chosen = [n for n, name in enumerate(plan.names) if selects(name)]
     skipped = [s for s in plan.skipped if selects(s[0])]
     if not chosen and not skipped:
-        raise LabInputError(f"no Case matches -k {options.select!r}; names look like alu/add_rr_b@long#0")
+        names = (*plan.names, *(name for name, *_ in plan.skipped))
+        raise LabInputError(nothing_matches(options.select, names, "kvm-harness lab run --list"))
     header = {
         "host": f"Linux {cell.kernel.release} in {cell.emulator.name} ({cell.accel})", "device": "lab",
         "cell": cell.name, "configuration": cell.configuration.name, "kernel": cell.kernel.label,

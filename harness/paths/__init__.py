@@ -27,7 +27,7 @@ from harness.paths.vector import vector_cases
 from harness.paths.window import window_cases
 from harness.paths.wrap import wrap_cases
 
-__all__ = ["FAMILIES", "Family", "all_cases", "cases"]
+__all__ = ["FAMILIES", "FAMILY_NAMES", "Family", "all_cases", "cases"]
 
 # The kinds of decoding differ by code size and by segmentation, not by paging: plain instructions need no more modes.
 _DECODING: Final = ("real", "vm86", "prot32", "compat-user", "long", "long-user")
@@ -61,6 +61,8 @@ _MORE: Final[Mapping[str, Callable[[CpuProfile], Iterator[Case]]]] = {
     "apx_nested": apx_nested_cases, "absent": absent_cases,
 }  # fmt: skip
 
+FAMILY_NAMES: Final = (*(f.name for f in FAMILIES), *_MORE)
+"""Of all Cases that :func:`all_cases` makes: what their names begin with, up to the slash."""
 _FORCED: Final = frozenset(
     {"gpr", "alu", "flow", "io", "mmio", "control", "msr", "segment", "string", "flags", "fault"}
 )
@@ -85,10 +87,9 @@ def all_cases(profile: CpuProfile, *, families: Iterable[str] | None = None, see
     run is in the list all the same: its ``requires`` says what it lacks. ValueError for an unknown family.
     """
     wanted = None if families is None else set(families)
-    unknown = (wanted or set()) - {f.name for f in FAMILIES} - set(_MORE)
+    unknown = (wanted or set()).difference(FAMILY_NAMES)
     if unknown:
-        known = ", ".join((*(f.name for f in FAMILIES), *_MORE))
-        raise ValueError(f"no family named {', '.join(sorted(unknown))}: use {known}")
+        raise ValueError(f"no family named {', '.join(sorted(unknown))}: use {', '.join(FAMILY_NAMES)}")
     out = [c for f in FAMILIES if wanted is None or f.name in wanted for c in cases(f, profile, seeds=seeds)]
     for name, more in _MORE.items():
         if wanted is None or name in wanted:

@@ -137,7 +137,8 @@ def bisect_run(args: argparse.Namespace) -> int:
     from harness.series.cli import chosen_configurations, say
 
     try:
-        check(args.k or "")
+        if args.k is not None:
+            check(args.k)
         repository = Repository(args.tree)
         repository.release(repository.commit("HEAD"))  # what is no Linux has no commit that can be tested
         configs = chosen_configurations(args.config)

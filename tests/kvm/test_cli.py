@@ -68,6 +68,27 @@ def test_selecting_nothing_is_not_success(tmp_path):
     done = harness("run", "-k", "nosuchthing", "--out", tmp_path / "o")
     assert done.returncode == 2
     assert "no Case matches" in done.stderr
+    assert "kvm-harness run --list lists all of them; families: gpr, alu, " in done.stderr
+
+
+def test_an_empty_expression_is_status_2(tmp_path):
+    done = harness("run", "-k", "", "--out", tmp_path / "o")
+    assert done.returncode == 2
+    assert "leave -k out to select everything" in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_is_listed_is_what_runs(tmp_path):
+    listed = harness("run", "--list", "-k", SOME, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (listed.returncode, listed.stderr, list(tmp_path.iterdir())) == (0, "", [])
+    assert harness("run", "-k", SOME, "--out", tmp_path / "o").returncode == 0
+    assert listed.stdout.splitlines() == [r["case"] for r in finished(tmp_path / "o")]
+
+
+def test_a_list_of_nothing_is_status_2():
+    done = harness("run", "--list", "-k", "nosuchthing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "families: gpr, alu, " in done.stderr
 
 
 def test_bad_expression_is_status_2(tmp_path):

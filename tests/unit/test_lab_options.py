@@ -11,13 +11,35 @@ from harness.cli import main
         (["--config", "apx", "--debian", "6.12"], "apx: its kernel is edited source, not a stock one: give --tree"),
         (["--config", "svm", "--variant", "debug"], "--variant debug is for kernels that are built here: give --tree"),
         (["--config", "svm,nonsense"], "no configuration 'nonsense'"),
-        (["-k", "("], "-k '(': give parts of Case names"),
+        (["-k", "("], "-k '(': give parts of Case names"), (["-k", ""], "-k '' is empty: leave -k out"),
+        (["--list", "--debian", "5.10"], "no stock kernel '5.10': there are 6.1"),
+        (["--list", "--tree", "/"], "/ is no Linux source tree"),
+        (["--list", "--config", "svm-emul", "-k", "gprs"], "lab run --list lists all of them; families: forced"),
         (["--out", "/dev/null"], "/dev/null: cannot write there: it is no folder; give another --out"),
     ],
 )
 def test_refused(capsys, words, error):
     assert main(["lab", "run", *words]) == 2
     assert error in capsys.readouterr().err
+
+
+def listed(capsys, *words):
+    assert main(["lab", "run", "--list", *words]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_names_are_listed_and_nothing_is_built(capsys, tmp_path, monkeypatch):
+    """Those of the tier, of every cell, that -k selects."""
+    monkeypatch.setenv("KVM_HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    full = listed(capsys, "-k", "gpr/ and @long#")
+    smoke = listed(capsys, "-k", "gpr/ and @long#", "--tier", "smoke")
+    assert all(name.startswith("gpr/") and "@long#" in name for name in full)
+    assert len(full) == len(set(full)) > len(smoke) > 0
+    assert set(smoke) < set(full)
+    both = listed(capsys, "-k", "xchg and @long#", "--config", "svm,svm-emul", "--debian", "6.1,newest")
+    assert {name.partition("/")[0] for name in both} >= {"gpr", "mmio", "forced"}
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*")] == ["cache/guests"], "which are assembled"
 
 
 @pytest.mark.parametrize(

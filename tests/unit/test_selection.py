@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.selection import SelectionError, alias, check, matcher
+from harness.selection import SelectionError, alias, check, matcher, nothing_matches
 
 NAMES = ("gpr/mov@long#0", "gpr/mov@long-user#0", "mmio/load_al@real#1")
 
@@ -23,6 +23,19 @@ def test_words_are_parts_of_names(expression, selected):
 def test_what_is_no_expression_is_refused_with_an_example(expression):
     with pytest.raises(SelectionError, match="'mmio and not @real#'"):
         check(expression)
+
+
+@pytest.mark.parametrize("expression", ["", "  "])
+def test_an_empty_expression_is_not_taken_for_everything(expression):
+    with pytest.raises(SelectionError, match=r"is empty: leave -k out to select everything, or give parts"):
+        check(expression)
+
+
+def test_where_nothing_matches_the_families_are_named():
+    text = nothing_matches("gprs", NAMES, "kvm-harness run --list")
+    assert text.startswith("no Case matches -k 'gprs'")
+    assert "kvm-harness run --list lists all of them" in text
+    assert text.endswith("families: gpr, mmio")
 
 
 def test_the_wrong_character_is_named():

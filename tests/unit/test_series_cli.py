@@ -14,8 +14,8 @@ from harness.cli import main
 from harness.lab.configurations import configuration
 from harness.lab.errors import LabError
 from harness.lab.hardware import Emulator
-from harness.lab.kbuild import workspace
 from harness.lab.image import Image
+from harness.lab.kbuild import workspace
 from harness.lab.run import Options
 from harness.series import bisect
 from harness.series.bisect import BAD, GOOD, SKIP, UNUSABLE, Question
@@ -133,8 +133,12 @@ def test_a_full_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["--bogus"], ["--tier", "auto"], ["--config", "vax"], ["-k", "("], ["--machines", "0"], ["--jobs", "x"]]
-)
+    "words",
+    [
+        ["--bogus"], ["--tier", "auto"], ["--config", "vax"], ["-k", "("], ["-k", ""], ["--machines", "0"],
+        ["--jobs", "x"],
+    ],
+)  # fmt: skip
 def test_bisect_stops_at_a_command_that_cannot_be_used(tree, words):
     assert harness("bisect-run", "--tree", tree.path, *words)[0] == UNUSABLE
 
