@@ -15,6 +15,8 @@ from harness.words import counted
 _MOST: Final = 6
 _SUBJECT: Final = 44
 
+AGAIN: Final = "again:"
+"""Labels a command."""
 HEADS: Final = ("#", "patch", "verdict", "builds", "code")
 TAILS: Final = ("reached", "behaviour", "layout")
 
@@ -23,7 +25,7 @@ def row(patch: PatchReport, cells: Sequence[str]) -> list[str]:
     """A patch in the table of patches by cells."""
     by_name = {cell.cell: cell for cell in patch.cells}
     return [
-        f"{patch.number}", short(patch.commit.subject), verdict(patch), builds(patch),
+        f"{patch.number}", short(patch.commit.subject), outcome(patch), builds(patch),
         code(patch), *(cell_words(by_name.get(name)) for name in cells), reached(patch), patch.behaviour,
         layout(patch),
     ]  # fmt: skip
@@ -35,6 +37,14 @@ def parts(patch: PatchReport) -> list[str]:
     words += [f"{cell.cell} {cell_words(cell)}" for cell in patch.cells if cell_words(cell) != "-"]
     words += [f"reached {reached(patch)}"] if reached(patch) != "-" else []
     return [*words, f"behaviour {patch.behaviour}", f"layout {layout(patch)}"]
+
+
+def overview(patch: PatchReport, width: int) -> Iterator[str]:
+    """A patch in a few lines of so many characters: verdict and subject, what it does not rest on, its parts."""
+    yield f"{patch.number:3d}  {patch.outcome.value:16s} {short(patch.commit.subject, width - 24)}"
+    if lacking := unexecuted(patch):
+        yield from textwrap.wrap(f"but {lacking}", width, initial_indent=" " * 5, subsequent_indent=" " * 5)
+    yield from (f"     {line}" for line in joined(parts(patch), width - 7))
 
 
 def joined(words: Sequence[str], width: int) -> list[str]:
@@ -53,9 +63,9 @@ def layout(patch: PatchReport) -> str:
     return patch.layout.brief if patch.builds and all(b.good for b in patch.builds) else "-"
 
 
-def short(subject: str) -> str:
-    """A subject in as much room as a table has."""
-    return textwrap.shorten(subject, _SUBJECT, placeholder="...")
+def short(subject: str, room: int = _SUBJECT) -> str:
+    """A subject in as many characters as there is room for; in a table not more than 44."""
+    return subject if len(subject) <= room else f"{subject[: room - 3].rstrip()}..."
 
 
 def builds(patch: PatchReport) -> str:
@@ -89,6 +99,29 @@ def reached(patch: PatchReport) -> str:
 
 
 def verdict(patch: PatchReport) -> str:
+    """The outcome with all that qualifies it: what is inherited, and what no Case has executed."""
+    lacking = unexecuted(patch)
+    return f"{outcome(patch)}, but {lacking}" if lacking else outcome(patch)
+
+
+def unexecuted(patch: PatchReport) -> str:
+    """What a good verdict does not rest on, in words: changed functions that no Case has executed; empty if all were.
+
+    Empty for every other outcome, too: no more is claimed there than what was seen.
+    """
+    found = patch.reached
+    total = len(found.executed) + len(found.never) + len(found.unknown)
+    left = total - len(found.executed)
+    if patch.outcome is not Outcome.GOOD or not left:
+        return ""
+    if left == total:
+        known = "is known to have been" if found.unknown else "was"
+        return f"nothing of what it changed {known} executed"
+    known = "are not known to have been" if found.unknown else "were not" if left > 1 else "was not"
+    return f"{left} of {total} functions that it changed {known} executed"
+
+
+def outcome(patch: PatchReport) -> str:
     """The outcome, with what is inherited."""
     before = ", ".join(f"{'BASE' if not n else f'#{n}'}" for n in sorted(patch.inherited))
     return f"{patch.outcome.value} (failures of {before} stay)" if before else patch.outcome.value
@@ -111,7 +144,7 @@ def how_to_see(cell: CellReport, change: Change) -> list[str]:
     case = Path(cell.folder) / CASES_FOLDER / f"{change.after['id']}.json"
     lines = []
     if change.after["id"]:
-        lines.append(f"again:      {cell.command.format(_quoted(change.name))}")
+        lines.append(f"{AGAIN}      {cell.command.format(_quoted(change.name))}")
     if case.exists():
         lines.append(f"case:       {case}")
     if case.with_suffix(".c").exists():

@@ -69,7 +69,8 @@ def _headline(report: SeriesReport) -> str:
         return f"{bad} of {counted(report.planned, 'patch', 'patches')} bad; the first is patch {first.number}"
     if report.status:
         return "No verdict on the whole series"
-    return "The patch is good" if report.planned == 1 else f"All {report.planned} patches good"
+    good = "The patch is good" if report.planned == 1 else f"All {report.planned} patches good"
+    return f"{good}, but not all that was changed was executed" if any(map(brief.unexecuted, report.patches)) else good
 
 
 def _first_bad(report: SeriesReport) -> Iterator[str]:
@@ -89,6 +90,7 @@ def _table(report: SeriesReport) -> Iterator[str]:
     yield f"</caption><thead><tr>{heads}</tr></thead><tbody>"
     for patch in report.patches:
         words = brief.row(patch, report.cells)
+        words[2] = brief.verdict(patch)
         number = f'<td class="num"><a href="#patch-{patch.number}">{words[0]}</a></td>'
         subject = f'<td class="subject">{escape(patch.commit.subject)}</td>'
         colours = [*_colours(patch, report)]
@@ -98,7 +100,7 @@ def _table(report: SeriesReport) -> Iterator[str]:
 
 
 def _colours(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
-    yield _COLOUR[patch.outcome]
+    yield _verdict_colour(patch)
     yield "bad" if any(not b.good for b in patch.builds) else ""
     yield "none" if patch.identical else ""
     by_name = {cell.cell: cell for cell in patch.cells}
@@ -108,6 +110,10 @@ def _colours(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
     untrue = patch.outcome is Outcome.UNTRUE
     yield "bad" if untrue or any(c.failures for c in patch.cells) else "note" if patch.changed else ""
     yield "" if patch.layout.good else "bad"
+
+
+def _verdict_colour(patch: PatchReport) -> str:
+    return "note" if brief.unexecuted(patch) else _COLOUR[patch.outcome]
 
 
 def _cell_colour(cell: CellReport | None) -> str:
@@ -120,7 +126,7 @@ def _cell_colour(cell: CellReport | None) -> str:
 
 def _patch(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
     yield f'<section id="patch-{patch.number}"><h2>{patch.number}/{report.planned} {escape(patch.commit.subject)} '
-    yield f'<span class="pill {_COLOUR[patch.outcome]}">{escape(brief.verdict(patch))}</span></h2>'
+    yield f'<span class="pill {_verdict_colour(patch)}">{escape(brief.verdict(patch))}</span></h2>'
     yield f'<p class="soft"><code>{patch.commit.id}</code> by {escape(patch.commit.author)}</p><dl>'
     for build in patch.builds:
         said = f"yes, {build.seconds:.0f} s" if build.good else f"no<pre>{escape(chr(10).join(build.errors))}</pre>"

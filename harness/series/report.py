@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ from harness.series.state import write, write_text
 from harness.series.verdict import FORMAT, Outcome, PatchReport, SeriesReport
 from harness.words import counted
 
-WIDTH: Final = 100
+WIDTH: Final = 75  # of a mail, so that it can be quoted
+_LABEL: Final = re.compile(r"\s*(?:[\w-]+: +)?")
+_DEEPEST: Final = 20  # columns that continued lines are indented by at most
+_WORD: Final = re.compile(r"(?:'[^']*'|[^ '])+")  # of a command
 _MOST: Final = 6  # Cases told of one cell; all are in the JSON
 _MOST_LINES: Final = 24  # of what code changed, or of a compiler's words
 
@@ -41,7 +45,28 @@ def text_report(report: SeriesReport) -> str:
         f"{report.seconds:.0f} s in all, {report.compiling:.0f} s of it compiling; {report.host}; cells: "
         f"{', '.join(report.cells)}"
     )
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return "\n".join(text.rstrip() for line in lines for text in _wrapped(line)) + "\n"
+
+
+def _wrapped(line: str) -> list[str]:
+    """A line as several of a mail's width, the later ones indented; a command so that it can be pasted as it is.
+
+    What has no blank in it, such as a path, stays whole.
+    """
+    if len(line) <= WIDTH:
+        return [line]
+    label = _LABEL.match(line)
+    assert label is not None  # it matches anything
+    room = len(label[0]) if 0 < len(label[0]) <= _DEEPEST else 2
+    if not label[0].strip().startswith(brief.AGAIN):
+        return textwrap.wrap(line, WIDTH, subsequent_indent=" " * room, break_long_words=False, break_on_hyphens=False)
+    lines, now = [], label[0]
+    for word in _WORD.findall(line[len(label[0]) :]):
+        if now.strip() and now != label[0] and len(now) + len(word) + 2 > WIDTH:
+            lines.append(f"{now}\\")
+            now = " " * room
+        now += f"{word} "
+    return [*lines, now]
 
 
 def _head(report: SeriesReport) -> list[str]:
@@ -49,10 +74,9 @@ def _head(report: SeriesReport) -> list[str]:
 
 
 def _overview(report: SeriesReport) -> Iterator[str]:
-    """Two lines a patch: a table would be too wide for a mail."""
+    """A few lines a patch: a table would be too wide for a mail."""
     for patch in report.patches:
-        yield f"{patch.number:3d}  {patch.outcome.value:16s} {textwrap.shorten(patch.commit.subject, WIDTH - 24)}"
-        yield from (f"     {line}" for line in brief.joined(brief.parts(patch), WIDTH - 7))
+        yield from brief.overview(patch, WIDTH)
 
 
 def _conclusion(report: SeriesReport) -> Iterator[str]:
@@ -67,6 +91,9 @@ def _conclusion(report: SeriesReport) -> Iterator[str]:
         yield f"no verdict: {why}; the same command goes on with what is not finished, another --out begins anew"
     else:
         yield "the patch is good" if judged == 1 else f"all {judged} patches are good"
+        for patch in report.patches:
+            if lacking := brief.unexecuted(patch):
+                yield f"but {lacking}" if judged == 1 else f"but of patch {patch.number}: {lacking}"
     if not report.complete:
         yield f"{judged} of {counted(report.planned, 'patch', 'patches')} judged so far"
 
@@ -134,7 +161,10 @@ def _first(lines: list[str], most: int) -> list[str]:
 
 
 def ktap_report(report: SeriesReport) -> str:
-    """The kernel's test format: a test for each patch, a subtest for each part of its verdict."""
+    """The kernel's test format: a test for each patch, a subtest for each part of its verdict.
+
+    A patch is ``ok`` just where all its parts are.
+    """
     lines = ["KTAP version 1", f"# {report.title}, BASE {report.base}", f"1..{report.planned}"]
     for patch in report.patches:
         tests = list(_ktap_tests(patch))
@@ -145,26 +175,51 @@ def ktap_report(report: SeriesReport) -> str:
         good = patch.outcome is Outcome.GOOD
         note = " # ERROR lost" if patch.outcome is Outcome.LOST else ""
         name = f"{patch.commit.short} {_ktap(patch.commit.subject)}"
+        lines += [] if good else [f"# {_ktap(brief.verdict(patch))}"]
         lines.append(f"{'ok' if good else 'not ok'} {patch.number} {name}{note}")
     lines += [f"not ok {n} # ERROR not judged" for n in range(len(report.patches) + 1, report.planned + 1)]
     return "\n".join(lines) + "\n"
 
 
-def _ktap_tests(patch: PatchReport) -> Iterator[tuple[bool, str, str, list[str]]]:
+_KtapTest = tuple[bool, str, str, Sequence[str]]  # ok, name, directive, diagnosis
+
+
+def _ktap_tests(patch: PatchReport) -> Iterator[_KtapTest]:
     for build in patch.builds:
-        yield build.good, f"builds {build.flavour}", "", [*build.errors]
+        yield build.good, f"builds {build.flavour}", "", build.errors
     for cell in patch.cells:
-        what = [f"{c.name}: {change_text(c)}" for c in worst_first(cell.failures)]
+        what = [f"{c.name}: {change_text(c)}" for c in worst_first(cell.failures)][:_MOST]
+        said = [*what, *filter(None, [cell.problem])] + ([brief.inherited(cell)] if cell.inherited else [])
+        good = not cell.failures and not cell.problem
         if cell.tier:
-            said = [*what[:_MOST], *filter(None, [cell.problem])]
-            yield not cell.failures and not cell.problem, f"{cell.cell} {cell.tier}", "", said
+            yield good, f"{cell.cell} {cell.tier}", "ERROR lost" if cell.problem and not what else "", said
         else:
-            note = "ERROR lost" if cell.problem else "SKIP identical code" if patch.identical else "SKIP not run"
-            yield not cell.problem, cell.cell, note, [*filter(None, [cell.problem])]
-    yield patch.outcome is not Outcome.UNTRUE, "behaviour", "" if patch.cells else "SKIP not run", [
-        f"{c.name}: {change_text(c)}" for cell in patch.cells for c in cell.others
-    ][:_MOST]
-    yield patch.layout.good, "layout", "", [*patch.layout.text] if not patch.layout.good else []
+            skipped = "SKIP identical code" if patch.identical else "SKIP not run"
+            yield good, cell.cell, "ERROR lost" if cell.problem else skipped, said
+    yield from _ktap_reached(patch)
+    yield _ktap_behaviour(patch)
+    layout = brief.layout(patch)
+    skipped = {"-": "SKIP nothing was built", "n/a": "SKIP the kernel does not tell"}.get(layout, "")
+    yield patch.layout.good, "layout", skipped if patch.layout.good else "", (
+        patch.layout.changed if patch.layout.good else patch.layout.text
+    )
+
+
+def _ktap_reached(patch: PatchReport) -> Iterator[_KtapTest]:
+    """What was not executed makes no patch bad."""
+    if brief.reached(patch) != "-":
+        nothing = "" if patch.reached.executed else "SKIP nothing of what it changed was seen to be executed"
+        yield True, "reached", nothing, reached_lines(patch.reached)
+
+
+def _ktap_behaviour(patch: PatchReport) -> _KtapTest:
+    if not any(cell.tier and (cell.failures or not cell.problem) for cell in patch.cells):
+        return True, "behaviour", "SKIP identical code" if patch.identical else "SKIP not run", ()
+    untrue = patch.commit.claims_no_change and patch.changed > 0
+    good = not untrue and not any(cell.failures for cell in patch.cells)
+    said = [patch.behaviour, *(["the message says no functional change"] if untrue else [])]
+    others = [f"{c.name}: {change_text(c)}" for cell in patch.cells for c in cell.others]
+    return good, "behaviour", "", [*said, *others[:_MOST]]
 
 
 def _ktap(text: str) -> str:
