@@ -222,7 +222,7 @@ def _add_replay(verbs: Verbs[argparse.ArgumentParser]) -> None:
 
 def _add_report(verbs: Verbs[argparse.ArgumentParser]) -> None:
     report = add_verb(verbs, "report", _report)
-    report.add_argument("folder", type=Path, metavar="DIR", help="the --out folder of a run")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the --out folder of a run, or of a series")
     report.add_argument(
         "--format", type=_formats, default=("text",), metavar="NAMES",
         help=f"{', '.join(FORMATS)} (default: text); one is printed, several (html,junit) become files in DIR",
@@ -359,7 +359,12 @@ def _replay(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from harness.journal import read_run
     from harness.report.views import verdict_of
+    from harness.series.state import holds_series
 
+    if holds_series(args.folder):
+        from harness.series.cli import report
+
+        return report(args.folder, args.format)
     run = read_run(args.folder)
     if len(args.format) == 1:
         print(_view(run, args.format[0]), end="")

@@ -85,7 +85,8 @@ PAGES: Final[Mapping[str, Page]] = {
     "report": Page(
         "Views of a run's journal: text, HTML, JUnit or KTAP.",
         "One view is printed. Of several, each becomes a file in DIR: report.txt, report.html, junit.xml, report.ktap. "
-        "An interrupted or damaged run is shown as far as it can be read.",
+        "An interrupted or damaged run is shown as far as it can be read. Of a series' folder it is the "
+        "series' report, which has no JUnit view, with the series' status.",
         (
             "kvm-harness report out/20261123-120000",
             "kvm-harness report out/20261123-120000 --format junit > junit.xml",

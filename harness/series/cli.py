@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIGS: Final = "svm,svm-shadow,svm-emul"
 TIERS: Final = ("auto", "smoke", "full")
+VIEWS: Final = {"text": "report.txt", "html": "report.html", "ktap": "report.ktap"}
+"""What ``kvm-harness report`` shows of a series, and where that is in its folder."""
 _MACHINES: Final = 2
 
 
@@ -113,6 +115,31 @@ def series(args: argparse.Namespace) -> int:
     if not args.allow_dirty and args.mbox is None:
         repository.check_clean()
     return _validate(args, patches, title, configs)
+
+
+def report(folder: Path, formats: Sequence[str]) -> int:
+    """``kvm-harness report`` of a series' folder: as it was last written; one is printed, of several the files named.
+
+    Returns the series' exit status. LabInputError for a view that a series does not have, or where there is none yet.
+    """
+    from harness.series.state import read
+
+    if missing := [name for name in formats if name not in VIEWS]:
+        raise LabInputError(
+            f"{folder} holds a series, which has no {missing[0]} view: give {', '.join(VIEWS)}; of one cell there is "
+            f"one: kvm-harness report {folder}/patches/NNNN/CELL --format {missing[0]}"
+        )
+    found = read(folder / "report.json")
+    if found is None:
+        raise LabInputError(f"{folder}: no report yet: BASE's runs are not finished; give the series' command again")
+    for name in formats:
+        path = folder / VIEWS[name]
+        print(path if len(formats) > 1 else path.read_text(encoding="utf-8"), end="\n" if len(formats) > 1 else "")
+    sys.stdout.flush()
+    if not found["complete"]:
+        planned = counted(found["planned"], "patch", "patches")
+        say(f"kvm-harness: incomplete: {len(found['patches'])} of {planned} judged so far")
+    return int(found["status"])
 
 
 def _mailed(args: argparse.Namespace) -> tuple[Repository, PatchRange]:

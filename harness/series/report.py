@@ -27,9 +27,9 @@ _MOST_LINES: Final = 24  # of what code changed, or of a compiler's words
 def write_reports(folder: Path, report: SeriesReport) -> None:
     """Every view of what is known so far, into the series' folder. LabError when the disk is full."""
     write_text(folder / "report.txt", text_report(report))
-    write(folder / "report.json", json_report(report))
     write_text(folder / "report.ktap", ktap_report(report))
     write_text(folder / "report.html", page(report))
+    write(folder / "report.json", json_report(report))  # the last one: where it is, all are
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from harness.journal import NAME as JOURNAL
 from harness.journal import OUT, open_in
 from harness.lab.cache import digest
 from harness.lab.errors import LabError, LabInputError
@@ -75,6 +76,11 @@ class Folder:
     def patch(self, number: int) -> Path:
         """The folder of a patch, counted from 1."""
         return self.path / "patches" / f"{number:04d}"
+
+
+def holds_series(folder: Path) -> bool:
+    """Whether a folder is a series', and not a single run's."""
+    return (folder / NAME).is_file() and not (folder / JOURNAL).exists()
 
 
 def default_folder(about: Mapping[str, Any]) -> Path:

@@ -3,7 +3,9 @@
 import pytest
 from series_toy import CASES, Elsewhere, Tree, code, header, report_json, validate
 
+from harness.cli import main
 from harness.lab.errors import LabError, LabInputError
+from harness.series.cli import VIEWS
 from harness.series.verdict import Outcome
 from harness.verdict import Verdict
 
@@ -444,6 +446,32 @@ def test_ktap_says_the_same(series, out):
     assert "  not ok 1 builds default" in lines
     assert any(line.startswith("  not ok ") and line.endswith(" behaviour") for line in lines)
     assert f"  # {CASES[1].replace('#', '.')}: mismatch: rcx: expected 0x1, got 0x2" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [("text", "kvm-harness series base..main"), ("html", "<!DOCTYPE"), ("ktap", "KTAP version 1")]
+)
+def test_report_shows_a_series_folder(series, out, capsys, name, begin):
+    validate(series, out, Elsewhere())
+    assert main(["report", str(out), "--format", name]) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith(begin)
+    assert shown == (out / VIEWS[name]).read_text()
+
+
+def test_report_names_the_files_of_a_series_and_what_there_is_not(series, out, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        validate(series, out, Elsewhere(stop_after=0))
+    assert main(["report", str(out)]) == 2
+    assert "no report yet: BASE's runs are not finished" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        validate(series, out, Elsewhere(stop_after=5))
+    assert main(["report", str(out), "--format", "html,ktap"]) == 4
+    said = capsys.readouterr()
+    assert said.out.split() == [str(out / "report.html"), str(out / "report.ktap")]
+    assert "incomplete: 0 of 4 patches judged so far" in said.err
+    assert main(["report", str(out), "--format", "junit"]) == 2
+    assert "a series, which has no junit view: give text, html, ktap" in capsys.readouterr().err
 
 
 def test_the_page_is_whole_and_refers_to_nothing_outside(series, out):
