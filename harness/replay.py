@@ -54,8 +54,9 @@ def find_case(text: str, host: Host) -> Found:
         found = [c for c in suite if c.id.startswith(text)]
     if not found:
         raise CaseError(
-            f"no file, and no Case with id or name {text!r} on this host; journal.jsonl in a run's folder has the "
-            f"names of all, {CASES_FOLDER}/ beside it the files of those that failed"
+            f"no file, and no Case with id or name {text!r} on this host or below {OUT.absolute()}: for one that "
+            f"failed in the lab or in a run elsewhere, give its file, {CASES_FOLDER}/{text}.json in the run's --out folder; "
+            "kvm-harness run --list lists the names of those here"
         )
     return Found(found[0], found[0].name)
 

@@ -17,6 +17,7 @@ from harness.lab.session import Cell, CellRun
 from harness.lockstep import Difference
 from harness.report.emit_c import EmitError, emit_c
 from harness.report.reduce import same_difference, thinned
+from harness.report.views import kept_word
 
 FOLDER: Final = "reduced"
 """In a cell's folder: the console of the machine that ran the reduced Cases."""
@@ -32,6 +33,8 @@ def reduce_reproducers(
     progress: Progress,
 ) -> None:
     """Rewrite the C reproducers of Cases that differed: (Case, what differed, file); ``host`` is named in them.
+
+    The Case itself is in a .json file beside each.
 
     The model takes RAM away; then the cell's kernel runs what is left, once, all Cases in one boot. A file whose Case
     does not show the same difference stays as it is, all of them if the machine is lost.
@@ -59,4 +62,4 @@ def reduce_reproducers(
         now = found.get(case.name)
         if now is not None and same_difference(difference, now):
             with suppress(EmitError):
-                file.write_text(emit_c(small[case.name], now, host, case.id))
+                file.write_text(emit_c(small[case.name], now, host, kept_word(file.with_suffix(".json"))))

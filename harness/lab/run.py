@@ -34,6 +34,7 @@ from harness.report.failure import failure_text
 from harness.report.junit import junit_report
 from harness.report.ktap import ktap_report
 from harness.report.text import summary_lines
+from harness.report.views import kept_word
 from harness.selection import matcher, nothing_matches
 from harness.verdict import Verdict, exit_status
 from harness.words import counted
@@ -158,13 +159,13 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
             kept.write_text(json.dumps(case.to_json()))
             if shown < _SHOWN and result.difference is not None:
                 with suppress(EmitError):
-                    kept.with_suffix(".c").write_text(emit_c(case, result.difference, header["host"]))
+                    kept.with_suffix(".c").write_text(emit_c(case, result.difference, header["host"], kept_word(kept)))
                     failed.append((case, result.difference, kept.with_suffix(".c")))
             if (shown := shown + 1) <= _SHOWN:
                 line.clear()
                 text = result.summary
                 if result.difference is not None:
-                    text = failure_text(case, result.difference, header["host"])
+                    text = failure_text(case, result.difference, header["host"], kept_word(kept))
                 progress(f"{result.verdict.value}: {result.name}\n{text}\n  case file: {kept}")
         line.update(run)
 

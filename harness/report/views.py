@@ -6,6 +6,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from harness.journal import RunResults
@@ -64,6 +65,11 @@ def replay_command(run: RunResults, record: Record) -> str:
     """The command that runs this Case again: by its file where the run has kept it."""
     kept = run.folder / CASES_FOLDER / f"{record['id']}.json"
     return f"kvm-harness replay {shlex.quote(str(kept)) if kept.exists() else record['id']}"
+
+
+def kept_word(file: Path) -> str:
+    """What ``kvm-harness replay`` is given for a Case that was kept, from whatever folder."""
+    return shlex.quote(str(file.absolute()))
 
 
 def title_lines(run: RunResults) -> list[str]:

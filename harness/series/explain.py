@@ -16,7 +16,7 @@ from harness.lockstep import Difference, lockstep
 from harness.machine import MemoryDiff, Recording, byte_diff
 from harness.report.emit_c import EmitError, emit_c
 from harness.report.failure import failure_text
-from harness.report.views import CASES_FOLDER
+from harness.report.views import CASES_FOLDER, kept_word
 from harness.series.cells import CellResult, cases_of
 from harness.series.verdict import CellReport
 
@@ -100,6 +100,7 @@ def _keep(case: Case, found: Difference, folder: Path, host: str) -> None:
     kept = folder / CASES_FOLDER / f"{case.id}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(case.to_json()))
-    kept.with_suffix(".txt").write_text(failure_text(case, found, host, str(kept)) + "\n")
+    again = kept_word(kept)
+    kept.with_suffix(".txt").write_text(failure_text(case, found, host, again) + "\n")
     with suppress(EmitError):
-        kept.with_suffix(".c").write_text(emit_c(case, found, host))
+        kept.with_suffix(".c").write_text(emit_c(case, found, host, again))

@@ -90,8 +90,9 @@ def test_reproducers_of_what_fails_are_small_and_compile(cell, tmp_path, monkeyp
     outcome = run_cell(emulated, tmp_path, options, print, io.StringIO())
     (record,) = [r for r in outcome.records if r["verdict"] == "mismatch"]
     (source,) = (tmp_path / "cases").glob("*.c")
+    assert source.stem == record["id"]
     assert source.stat().st_size < 30_000
-    assert f"kvm-harness replay {record['id']}" in source.read_text()
+    assert f"kvm-harness replay {source.with_suffix('.json').absolute()}" in source.read_text()
     subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "repro", source], check=True)
 
 

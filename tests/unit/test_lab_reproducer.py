@@ -72,13 +72,14 @@ def test_the_model_takes_away_what_no_instruction_reads(case):
     assert FILLING[:64] not in images[1]
 
 
-def test_what_shows_the_same_is_small_and_is_replayed_by_the_cases_own_id(case, cell, whole, tmp_path):
+def test_what_shows_the_same_is_small_and_is_replayed_by_the_cases_own_file(case, cell, whole, tmp_path):
     before = whole.read_text()
     cell.shows = differs(2)
     reduce_reproducers(cell, None, [(case, differs(2), whole)], HOST, tmp_path, print)
     assert len(cell.ran) == 1
     assert len(whole.read_text()) < len(before) - 4 * len(FILLING)
-    assert f"kvm-harness replay {case.id}" in whole.read_text()
+    assert f"kvm-harness replay {whole.with_suffix('.json')}" in whole.read_text()
+    assert whole.is_absolute(), "so that it is found from any folder"
     assert HOST in whole.read_text()
     assert not list(tmp_path.rglob("plan"))
 
