@@ -13,7 +13,7 @@ from harness.series.verdict import CellReport, Outcome, PatchReport, SeriesRepor
 from harness.words import counted
 
 _MOST: Final = 6
-_SUBJECT: Final = 44
+SUBJECT: Final = 44
 
 AGAIN: Final = "again:"
 """Labels a command."""
@@ -41,10 +41,15 @@ def parts(patch: PatchReport) -> list[str]:
 
 def overview(patch: PatchReport, width: int) -> Iterator[str]:
     """A patch in a few lines of so many characters: verdict and subject, what it does not rest on, its parts."""
-    yield f"{patch.number:3d}  {patch.outcome.value:16s} {short(patch.commit.subject, width - 24)}"
+    yield first_line(patch.number, patch.outcome.value, patch.commit.subject, width)
     if lacking := unexecuted(patch):
         yield from textwrap.wrap(f"but {lacking}", width, initial_indent=" " * 5, subsequent_indent=" " * 5)
     yield from (f"     {line}" for line in joined(parts(patch), width - 7))
+
+
+def first_line(number: int, word: str, subject: str, width: int) -> str:
+    """``  3  good             KVM: x86: ...``: how a patch begins in a list."""
+    return f"{number:3d}  {word:16s} {short(subject, max(width - 24, 3))}"
 
 
 def joined(words: Sequence[str], width: int) -> list[str]:
@@ -63,7 +68,7 @@ def layout(patch: PatchReport) -> str:
     return patch.layout.brief if patch.builds and all(b.good for b in patch.builds) else "-"
 
 
-def short(subject: str, room: int = _SUBJECT) -> str:
+def short(subject: str, room: int = SUBJECT) -> str:
     """A subject in as many characters as there is room for; in a table not more than 44."""
     return subject if len(subject) <= room else f"{subject[: room - 3].rstrip()}..."
 

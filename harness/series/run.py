@@ -43,11 +43,14 @@ class Display(Protocol):
     def say(self, text: str) -> None:
         """Something that stays."""
 
-    def doing(self, text: str) -> None:
-        """What is being done now."""
+    def building(self, number: int, flavour: str) -> None:
+        """From now on the kernel of a patch (0: BASE) is built in a flavour."""
 
-    def cells(self, number: int, done: Mapping[str, tuple[int, int]]) -> None:
-        """How far the cells of a patch (0: BASE) are: (done, chosen) by name."""
+    def doing(self, text: str) -> None:
+        """How far that is."""
+
+    def cells(self, number: int, done: Mapping[str, tuple[int, int]], left: int) -> None:
+        """How far the running cells of a patch (0: BASE) are: (done, chosen) by name; ``left``: all that are to end."""
 
     def patch(self, report: PatchReport) -> None:
         """A patch has its verdict."""
@@ -124,7 +127,7 @@ class SeriesRun:
     def _run_base(self) -> None:
         commit = self.setup.patches.base
         for flavour, line in self._lines.items():
-            self.display.doing(f"BASE {commit}: building ({flavour.name})")
+            self.display.building(0, flavour.name)
             build, built = line.build(commit, self.folder.path / "base")
             self._compiling += build.seconds
             if built is None:
@@ -170,7 +173,7 @@ class SeriesRun:
         built: dict[Flavour, Built] = {}
         problems: dict[str, str] = {}
         for flavour, line in self._lines.items():
-            self.display.doing(f"patch {number} {commit}: building ({flavour.name})")
+            self.display.building(number, flavour.name)
             try:
                 build, kernel = line.build(commit, folder)
             except EditError as error:  # a lab's own edit: no fault of the patch
@@ -339,7 +342,8 @@ class SeriesRun:
             done, left = wait(left, _POLL, FIRST_COMPLETED)
             for future in done:
                 _raise(future, futures[future])
-            self.display.cells(number, {futures[f]: progress_of(jobs[futures[f]]) for f in left if f.running()})
+            running = {futures[f]: progress_of(jobs[futures[f]]) for f in left if f.running()}
+            self.display.cells(number, running, len(left))
         return {name: result_or_nothing(jobs[name].folder) for name in futures.values()}
 
 

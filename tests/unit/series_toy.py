@@ -198,22 +198,27 @@ class Shown:
     """A Display that keeps what it is told."""
 
     def __init__(self):
-        self.reports = []
+        self.reports, self.told = [], []
 
     def say(self, text):
         pass
 
+    def building(self, number, flavour):
+        self.told.append(("building", number))
+
     def doing(self, text):
         pass
 
-    def cells(self, number, done):
-        pass
+    def cells(self, number, done, left):
+        self.told.append(("running", number))
 
     def patch(self, report):
         self.reports.append(report)
 
 
-def validate(tree, out, executor, configs=("svm", "svm-emul"), tier="auto", second=False, range_="base..main"):
+def validate(
+    tree, out, executor, configs=("svm", "svm-emul"), tier="auto", second=False, range_="base..main", display=None
+):
     """The report on the toy's series."""
     patches = Repository(tree.path).range(range_)
     cells = [CellLine(name, configuration(name), Flavour()) for name in configs]
@@ -226,7 +231,7 @@ def validate(tree, out, executor, configs=("svm", "svm-emul"), tier="auto", seco
     )  # fmt: skip
     about = {"commits": [c.id for c in patches.commits], "cells": [c.name for c in cells]}
     with Folder(out, about) as folder:
-        return SeriesRun(setup, folder, executor, Shown()).run()
+        return SeriesRun(setup, folder, executor, Shown() if display is None else display).run()
 
 
 def report_json(out):

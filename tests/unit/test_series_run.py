@@ -1,7 +1,7 @@
 """Verdicts on a toy's series, patch by patch, and that a series goes on where it was, however it ended."""
 
 import pytest
-from series_toy import CASES, Elsewhere, Tree, code, header, report_json, validate
+from series_toy import CASES, Elsewhere, Shown, Tree, code, header, report_json, validate
 
 from harness.cli import main
 from harness.lab.errors import LabError, LabInputError
@@ -47,6 +47,15 @@ def test_base_runs_twice_in_every_cell_and_in_full(tree, out):
     there = Elsewhere()
     validate(tree, out, there)
     assert there.ran == [("svm/1", "full"), ("svm/2", "full"), ("svm-emul/1", "full"), ("svm-emul/2", "full")]
+
+
+def test_base_is_built_and_runs_before_any_patch_is_at_work(tree, out):
+    tree.commit("real one", code(mov="return x + 2;"))
+    shown = Shown()
+    validate(tree, out, Elsewhere(), display=shown)
+    numbers = [number for _, number in shown.told]
+    assert numbers == sorted(numbers)
+    assert [*dict.fromkeys(shown.told)] == [("building", 0), ("running", 0), ("building", 1), ("running", 1)]
 
 
 def test_a_rename_and_a_comment_are_identical_and_nothing_is_booted(tree, out):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.words import counted
+from harness.words import counted, span
 
 
 @pytest.mark.parametrize(
@@ -15,3 +15,11 @@ from harness.words import counted
 )  # fmt: skip
 def test_numbers_have_their_nouns(words, text):
     assert counted(*words) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.9, "59 s"), (60, "1 min 00 s"), (192, "3 min 12 s"), (3600, "1 h 00 min"), (7505, "2 h 05 min")],
+)
+def test_times_are_told_as_people_do(seconds, text):
+    assert span(seconds) == text
