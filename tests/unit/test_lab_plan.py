@@ -101,14 +101,14 @@ def test_smoke_takes_one_case_of_each_entry_and_always_the_same():
 PLANNING = """
 import sys
 from pathlib import Path
-from harness.lab.planner import _cases
+from harness.lab.planner import cell_cases
 from harness.lab.plan import write_plan
 from harness.lab.configurations import CONFIGURATIONS
 from harness.lab.profile import load_profile
 
 for name in ("svm", "svm-emul"):
     profile = load_profile(name, "7.3")
-    cases = [next(iter(_cases(CONFIGURATIONS[name], profile, "full")))]
+    cases = [next(iter(cell_cases(CONFIGURATIONS[name], profile, "full")))]
     assert not profile.unsupported(cases[0])
     write_plan(Path(sys.argv[1]), "key", cases)
 print(*(module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "harness"))
