@@ -6,6 +6,7 @@ Case agrees again it is *healed*.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from harness.kernels import KernelRange, series_of
 from harness.lockstep import Difference, compare_registers
 from harness.machine import MemoryDiff
 from harness.modes import STUBS
-from harness.state import FieldDiff, stack_top, unpack_sections
+from harness.state import FieldDiff, diff, pack_sections, stack_top, unpack_sections
 
 FILE: Final = Path(__file__).resolve().parent.parent / "known_divergences.toml"
 _KEYS: Final = {"name", "cases", "module", "register", "wrong", "why", "reproducer", "reference"}
@@ -30,6 +31,8 @@ _WRONG: Final = (
 _HLT: Final = 0xF4
 _INT: Final = 0xCD
 _UD: Final = 6
+_HEX: Final = re.compile(r"0x[0-9a-fA-F]+")
+_MOVBE_LOAD: Final = re.compile(rb"(\x66?)([\x40-\x4f]?)\x0f\x38\xf0")
 
 
 class KnownError(ValueError):
@@ -56,7 +59,7 @@ class KnownDivergence:
     - ``no-shutdown``: it hangs, ends in an internal error or reaches a handler where a triple fault must shut it down
     - ``no-hypercall``: a hypercall that must leave for userspace does not, but returns 0
     - ``mmio-items N``: an access to MMIO lies N of its sizes away from the right one
-    - ``read-before-ud N``: userspace is asked for what MMIO at address N holds where #UD must be; no register changes
+    - ``read-before-ud 0xN``: a MOVBE reads MMIO at address N before #UD is queued; no register changes
     - ``late-step``: the debug exit of a single step comes after one more instruction, an HLT
     - ``lost-step``: it does not come, for that HLT ends the guest
     - ``whole-rep``: that of one iteration of a REP MOVSB comes after all of them
@@ -104,7 +107,7 @@ class KnownDivergence:
         if isinstance(self.wrong, str) and self.wrong.startswith("mmio-items "):
             return _mmio_items(case, difference) == int(self.wrong.split()[1])
         if isinstance(self.wrong, str) and self.wrong.startswith("read-before-ud "):
-            return _read_before_ud(difference) == int(self.wrong.split()[1], 0)
+            return _read_before_ud(case, difference) == int(self.wrong.split()[1], 0)
         if difference.exits_differ:
             return False
         if self.wrong == "whole-rep":
@@ -266,13 +269,37 @@ def _mmio_items(case: Case, difference: Difference) -> int | None:
     return None if rest else items
 
 
-def _read_before_ud(difference: Difference) -> int | None:
-    """The address of an MMIO read in place of the handler of #UD; general registers are as there but for RSP."""
+def _read_before_ud(case: Case, difference: Difference) -> int | None:
+    """The address of a MOVBE's MMIO read in place of the handler of #UD, if the exception is queued and nothing else.
+
+    The guest has loaded general registers and DS before: they are as in the handler, but for RSP, and all else is as
+    at the start.
+    """
     want, got = difference.expected, difference.got
-    if got is None or not isinstance(got.exit, Mmio) or got.exit.write or want is None or _stub(want) != _UD:
+    if got is None or not got.sections or not isinstance(got.exit, Mmio) or want is None or _stub(want) != _UD:
         return None
-    pairs = zip(*(unpack_sections(seen.sections).gpr for seen in (want, got)), strict=True)
-    return got.exit.address if all(a == b for n, (a, b) in enumerate(pairs) if n != _RSP) else None
+    handler, state, start = unpack_sections(want.sections), unpack_sections(got.sections), case.start
+    events = state.events
+    queued = replace(
+        start.events, exception_pending=events.exception_pending, exception_injected=events.exception_injected,
+        exception_nr=_UD,
+    )  # fmt: skip
+    gpr = (*handler.gpr[:_RSP], start.gpr[_RSP], *handler.gpr[_RSP + 1 :])
+    before = replace(start, gpr=gpr, rip=state.rip, ds=handler.ds, events=queued)
+    if not events.exception_pending | events.exception_injected or got.exit.write:
+        return None
+    if diff(unpack_sections(pack_sections(before, tuple(got.sections))), state):
+        return None
+    return got.exit.address if got.exit.size == _movbe_load(case, state.cs.base + state.rip) else None
+
+
+def _movbe_load(case: Case, at: int) -> int:
+    """The operand size in bytes of the MOVBE from memory that stands there; 0 where there is none."""
+    code = bytes(max(_byte(case, at + n), 0) for n in range(5))
+    found = _MOVBE_LOAD.match(code)
+    if found is None or (found[2] and case.bits != 64):
+        return 0
+    return 8 if found[2] and found[2][0] & 8 else 2 if bool(found[1]) != (case.bits == 16) else 4
 
 
 def _stub(seen: Observation | None) -> int | None:
@@ -320,7 +347,7 @@ def _usable(wrong: object) -> bool:
     if verb == "mmio-items":
         return number.removeprefix("-").isdecimal()
     number = number.removeprefix("clear ") if verb == "saved" else number
-    return (verb in ("clear", "set", "saved", "read-before-ud") and number.startswith("0x")) or (
+    return (verb in ("clear", "set", "saved", "read-before-ud") and _HEX.fullmatch(number) is not None) or (
         verb == "exception" and number.isdecimal()
     )
 
@@ -337,8 +364,8 @@ def load_known(path: Path = FILE, release: str | None = None) -> tuple[KnownDive
             raise KnownError(f"{path}: divergence {n + 1}: missing or unknown: {', '.join(wrong)}")
         if not _usable(row["wrong"]):
             raise KnownError(
-                f"{path}: divergence {n + 1}: wrong must be a number, 'clear 0xN', 'set 0xN' "
-                f"or one of {', '.join(_WRONG)}"
+                f"{path}: divergence {n + 1}: wrong must be a number, 'clear 0xN', 'set 0xN', 'saved clear 0xN', "
+                f"'read-before-ud 0xN', 'mmio-items N', 'exception N' or one of {', '.join(_WRONG)}"
             )
         lists = {key: tuple(row[key]) for key in ("cases", "module", "register")}
         try:

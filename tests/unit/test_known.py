@@ -343,23 +343,47 @@ def test_another_exit_that_is_missing_is_no_forgotten_hypercall():
 # --- #UD ------------------------------------------------------------------------------------------------------------
 
 
+READ = Mmio(0xA0348, 4, False, b"")
+QUEUED = {"events.exception_pending": 1, "events.exception_nr": 6}
+
+
 @pytest.mark.parametrize(
-    ("vector", "exit_", "values", "explained"),
+    ("code", "vector", "exit_", "values", "explained"),
     [
-        (6, Mmio(0xA0348, 4, False, b""), {}, True),
-        (13, Mmio(0xA0348, 4, False, b""), {}, False),
-        (6, Mmio(0xA034C, 4, False, b""), {}, False),
-        (6, Mmio(0xA0348, 4, True, bytes(4)), {}, False),
-        (6, Mmio(0xA0348, 4, False, b""), {"rdx": 1}, False),
-        (6, Halt(), {}, False),
+        ("0f38f05308f4", 6, READ, {}, True),
+        ("0f38f05308f4", 6, READ, {"events.exception_injected": 1}, True),
+        ("660f38f05308f4", 6, Mmio(0xA0348, 2, False, b""), {}, True),
+        ("480f38f05308f4", 6, Mmio(0xA0348, 8, False, b""), {}, True),
+        ("0f38f05308f4", 13, READ, {}, False),
+        ("0f38f05308f4", 6, Mmio(0xA034C, 4, False, b""), {}, False),
+        ("0f38f05308f4", 6, Mmio(0xA0348, 8, False, b""), {}, False),
+        ("0f38f05308f4", 6, Mmio(0xA0348, 4, True, bytes(4)), {}, False),
+        ("8b5308f4", 6, READ, {}, False),
+        ("0f38f05308f4", 6, READ, {"events.exception_pending": 0}, False),
+        ("0f38f05308f4", 6, READ, {"events.exception_nr": 13}, False),
+        ("0f38f05308f4", 6, READ, {"rdx": 1}, False),
+        ("0f38f05308f4", 6, READ, {"rsp": 0xDEAD}, False),
+        ("0f38f05308f4", 6, READ, {"rflags": 0xD7}, False),
+        ("0f38f05308f4", 6, READ, {"cr2": 1}, False),
+        ("0f38f05308f4", 6, READ, {"rip": CODE_BASE + 1}, False),
+        ("0f38f05308f4", 6, Halt(), {}, False),
     ],
 )
-def test_a_device_is_read_before_ud_and_no_register_changes(vector, exit_, values, explained):
-    case = case_of("0f38f05308f4")  # movbe edx, [rbx+8]
-    rsp = case.start.gpr[4]
-    expected = seen(case, Halt(), rip=STUBS + 16 * vector + 1, rsp=rsp - 40)
-    found = differing(case, expected, seen(case, exit_, **values))
+def test_a_device_is_read_before_ud_and_no_register_changes(code, vector, exit_, values, explained):
+    case = case_of(code)
+    handler = case.start.with_({"rip": STUBS + 16 * vector + 1, "rsp": case.start.gpr[4] - 40})
+    at_read = case.start.with_(QUEUED | values)
+    shown = [pack_sections(state, ("regs", "sregs2", "events")) for state in (handler, at_read)]
+    found = differing(case, Observation(Halt(), shown[0]), Observation(exit_, shown[1]))
     assert row("read-before-ud 0xa0348", ()).explains(case, found) is explained
+
+
+@pytest.mark.parametrize("wrong", ["read-before-ud 840", "read-before-ud 0xzz", "read-before-ud"])
+def test_the_address_of_a_read_before_ud_is_hexadecimal(tmp_path, wrong):
+    file = tmp_path / "known.toml"
+    file.write_text(FILE.read_text().replace("read-before-ud 0xa0348", wrong))
+    with pytest.raises(KnownError, match="read-before-ud 0xN"):
+        load_known(file)
 
 
 @pytest.mark.parametrize("module", ["kvm_amd", "kvm_pvm"])
