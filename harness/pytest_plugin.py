@@ -46,6 +46,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kvm-harness")
     group.addoption("--kvm-device", type=Path, default=DEFAULT_DEVICE, help="KVM device to test (default: /dev/kvm)")
     group.addoption("--kvm-out", type=Path, default=None, help="folder for the journal and the Cases that failed")
+    group.addoption(
+        "--kvm-select", default=None, metavar="EXPR",
+        help="only Cases whose own name matches; -k also looks at the names of files and folders",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -97,10 +101,17 @@ def pytest_report_header(config: pytest.Config) -> str:
         return f"KVM: none: {error}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "kvm" in getattr(item, "fixturenames", ()):
             item.add_marker("kvm")
+    expression: str | None = config.getoption("--kvm-select")
+    if expression is not None:
+        selects = selection.matcher(expression)
+        chosen = [item for item in items if isinstance(item, CaseItem) and selects(item.case.name)]
+        left = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in left])
+        items[:] = chosen
 
 
 class CaseSuite:

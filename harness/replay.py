@@ -55,7 +55,7 @@ def find_case(text: str, host: Host) -> Found:
     if not found:
         raise CaseError(
             f"no file, and no Case with id or name {text!r} on this host or below {OUT.absolute()}: for one that failed"
-            f" in the lab or in a run elsewhere, give its file, {CASES_FOLDER}/{text}.json in the run's --out folder; "
+            f" in the lab or in a run elsewhere, give its file, {CASES_FOLDER}/ID.json in the run's --out folder; "
             "kvm-harness run --list lists the names of those here"
         )
     return Found(found[0], found[0].name)

@@ -120,7 +120,7 @@ def _options(request: Request, out: Path) -> list[str]:
     for plugin in ("terminal", "cacheprovider", "logging", "unraisableexception", "threadexception"):
         options += ["-p", f"no:{plugin}"]
     if request.expression is not None:
-        options.append(f"-k={selection.alias(request.expression)}")
+        options.append(f"--kvm-select={request.expression}")  # not -k: that is true of every Case for 'test'
     if request.workers:
         options += ["-n", str(request.workers)]
     if request.fail_fast:

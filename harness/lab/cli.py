@@ -104,10 +104,6 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     from harness.lab.session import Cell
 
     chosen = _configurations(args)
-    if args.debian and all(config.edits for config in chosen):
-        raise LabInputError(f"{args.config}: its kernel is edited source, not a stock one: give --tree DIR, or nothing")
-    if args.variant != "default" and not args.tree and not any(config.edits for config in chosen):
-        raise LabInputError(f"--variant {args.variant} is for kernels that are built here: give --tree DIR")
     emulator = hardware(chosen, args.qemu)
     image = base_image(_say)
     stock = kernels(args) if any(not config.edits for config in chosen) else []
@@ -119,8 +115,16 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def _configurations(args: argparse.Namespace) -> list[Configuration]:
+    """Those that the options name. LabInputError, too, where the options for the kernel do not go with them."""
     names = list(CONFIGURATIONS) if args.config == "all" else args.config.split(",")
-    return [configuration(name) for name in names]
+    chosen = [configuration(name) for name in names]
+    if args.debian and all(config.edits for config in chosen):
+        raise LabInputError(f"{args.config}: its kernel is edited source, not a stock one: give --tree DIR, or nothing")
+    if args.variant != "default" and not args.tree and not any(config.edits for config in chosen):
+        raise LabInputError(f"--variant {args.variant} is for kernels that are built here: give --tree DIR")
+    if args.modules and not args.kernel:
+        raise LabInputError("--modules goes with --kernel BZIMAGE")
+    return chosen
 
 
 def case_names(args: argparse.Namespace) -> list[str]:
@@ -210,8 +214,6 @@ def kernels(args: argparse.Namespace) -> list[Kernel]:
     """The kernels that the options name. LabError."""
     from harness.lab.kernel import debian_kernel, kernel_from_file
 
-    if args.modules and not args.kernel:
-        raise LabInputError("--modules goes with --kernel BZIMAGE")
     if args.kernel:
         return [kernel_from_file(args.kernel, args.modules)]
     if args.tree:

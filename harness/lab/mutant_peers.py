@@ -78,10 +78,11 @@ class Yardstick:
 
     def left_out(self, seconds: int) -> dict[str, list[str]]:
         """The names of the others, by reason."""
-        slow, out = f"not through in {seconds} s", dict[str, list[str]]()
+        out = dict[str, list[str]]()
         for _, name, outcome, spent in self.shown:
             if outcome != "pass" or spent > allowed(name, seconds):
-                out.setdefault(slow if outcome in ("pass", "timeout") else outcome, []).append(name)
+                slow = outcome in ("pass", "timeout")
+                out.setdefault(f"not through in {allowed(name, seconds)} s" if slow else outcome, []).append(name)
         return out
 
 

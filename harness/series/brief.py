@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -149,16 +150,13 @@ def how_to_see(cell: CellReport, change: Change) -> list[str]:
     case = Path(cell.folder) / CASES_FOLDER / f"{change.after['id']}.json"
     lines = []
     if change.after["id"]:
-        lines.append(f"{AGAIN}      {cell.command.format(_quoted(change.name))}")
+        command = shlex.quote(change.name).join(cell.command.rsplit("{}", 1))  # a path may hold braces, too
+        lines.append(f"{AGAIN}      {command}")
     if case.exists():
         lines.append(f"case:       {case}")
     if case.with_suffix(".c").exists():
         lines.append(f"reproducer: {case.with_suffix('.c')}")
     return lines
-
-
-def _quoted(name: str) -> str:
-    return f"'{name}'"
 
 
 def inherited(cell: CellReport) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -127,19 +128,27 @@ def report(folder: Path, formats: Sequence[str]) -> int:
     if missing := [name for name in formats if name not in VIEWS]:
         raise LabInputError(
             f"{folder} holds a series, which has no {missing[0]} view: give {', '.join(VIEWS)}; of one cell there is "
-            f"one: kvm-harness report {folder}/patches/NNNN/CELL --format {missing[0]}"
+            f"one: kvm-harness report {shlex.quote(str(folder))}/patches/NNNN/CELL --format {missing[0]}"
         )
     found = read(folder / "report.json")
     if found is None:
         raise LabInputError(f"{folder}: no report yet: BASE's runs are not finished; give the series' command again")
-    for name in formats:
-        path = folder / VIEWS[name]
+    paths = [folder / VIEWS[name] for name in formats]
+    if gone := [path.name for path in paths if not path.is_file()] or _lacking(found):
+        raise LabInputError(f"{folder}: {gone[0]} is missing: give the series' command again, which writes it anew")
+    for path in paths:
         print(path if len(formats) > 1 else path.read_text(encoding="utf-8"), end="\n" if len(formats) > 1 else "")
     sys.stdout.flush()
     if not found["complete"]:
         planned = counted(found["planned"], "patch", "patches")
         say(f"kvm-harness: incomplete: {len(found['patches'])} of {planned} judged so far")
     return int(found["status"])
+
+
+def _lacking(report: object) -> list[str]:
+    """What a series' report.json does not say and should."""
+    keys = ("complete", "planned", "patches", "status")
+    return [f"{key!r} of report.json" for key in keys if not isinstance(report, dict) or key not in report]
 
 
 def _mailed(args: argparse.Namespace) -> tuple[Repository, PatchRange]:

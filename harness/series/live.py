@@ -99,8 +99,8 @@ class Live:
             return
         self._last = now
         size = shutil.get_terminal_size()
-        width = size.columns - 1  # a full line would wrap
-        lines = [*self._patches(width), self._status(now), f"  {self._detail}"][-(size.lines - 2) :]
+        width = max(size.columns - 1, 1)  # a full line would wrap
+        lines = [*self._patches(width), self._status(now), f"  {self._detail}"][-max(size.lines - 2, 1) :]
         self._write(self._erase() + "".join(f"{line[:width].rstrip()}\n" for line in lines))
         self._painted = len(lines)
 

@@ -19,7 +19,7 @@ from harness.words import counted
 WIDTH: Final = 75  # of a mail, so that it can be quoted
 _LABEL: Final = re.compile(r"\s*(?:[\w-]+: +)?")
 _DEEPEST: Final = 20  # columns that continued lines are indented by at most
-_WORD: Final = re.compile(r"(?:'[^']*'|[^ '])+")  # of a command
+_WORD: Final = re.compile(r"""(?:'[^']*'|"[^"]*"|[^ '"]|['"])+?(?= |$)""")  # of a command for a shell
 _MOST: Final = 6  # Cases told of one cell; all are in the JSON
 _MOST_LINES: Final = 24  # of what code changed, or of a compiler's words
 
@@ -213,7 +213,8 @@ def _ktap_reached(patch: PatchReport) -> Iterator[_KtapTest]:
 
 
 def _ktap_behaviour(patch: PatchReport) -> _KtapTest:
-    if not any(cell.tier and (cell.failures or not cell.problem) for cell in patch.cells):
+    looked = any(cell.tier and (cell.failures or not cell.problem) for cell in patch.cells)
+    if not looked and not patch.changed:
         return True, "behaviour", "SKIP identical code" if patch.identical else "SKIP not run", ()
     untrue = patch.commit.claims_no_change and patch.changed > 0
     good = not untrue and not any(cell.failures for cell in patch.cells)

@@ -6,6 +6,7 @@ again and finds there what need not be done twice.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
@@ -221,7 +222,7 @@ class SeriesRun:
                 problem = pending.problems.get(cell.name, "")
                 cells.append(CellReport(cell.name, "", inherited=cell.inherited(), problem=problem))
                 continue
-            empty = CellReport(cell.name, job.options.tier, command=self._command(cell, job))
+            empty = CellReport(cell.name, job.options.tier, command=self._command(cell, job, pending.commit))
             taken = cell.take(pending.number, empty, result, looks.get(cell.name, SecondLook()))
             cells.append(explained(taken, job.cell, *recorded[cell.name]) if cell.name in recorded else taken)
             if names := job.functions:
@@ -321,14 +322,15 @@ class SeriesRun:
         write(path, sorted(names))
         return path
 
-    def _command(self, cell: CellLine, job: CellJob) -> str:
-        """How a user runs a Case of this cell again; ``{}`` is for its name."""
+    def _command(self, cell: CellLine, job: CellJob, commit: Commit) -> str:
+        """How a user runs a Case of this cell again, for a shell; ``{}`` is for its name."""
         config = f"--config {cell.configuration.name} -k {{}}"
         if cell.configuration.edits:
-            return f"git checkout COMMIT && kvm-harness lab run --tree {self.setup.tree} {config}"
+            tree = shlex.quote(str(self.setup.tree))
+            return f"git -C {tree} checkout {commit.id[:12]} && kvm-harness lab run --tree {tree} {config}"
         image = job.cell.kernel.image
         packed = image.with_name("bzImage")  # what the lab boots itself may be the ELF file beside it
-        return f"kvm-harness lab run --kernel {packed if packed.is_file() else image} {config}"
+        return f"kvm-harness lab run --kernel {shlex.quote(str(packed if packed.is_file() else image))} {config}"
 
     def _submit(self, jobs: Mapping[str, CellJob]) -> dict[Future[Path], str]:
         return {self._executor.submit(run_job, job): name for name, job in jobs.items()}

@@ -78,10 +78,11 @@ def test_an_empty_expression_is_status_2(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_what_is_listed_is_what_runs(tmp_path):
-    listed = harness("run", "--list", "-k", SOME, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("some", [SOME, "test and real"])  # pytest's -k would take 'test' for the file's name
+def test_what_is_listed_is_what_runs(tmp_path, some):
+    listed = harness("run", "--list", "-k", some, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (listed.returncode, listed.stderr, list(tmp_path.iterdir())) == (0, "", [])
-    assert harness("run", "-k", SOME, "--out", tmp_path / "o").returncode == 0
+    assert harness("run", "-k", some, "--out", tmp_path / "o").returncode == 0
     assert listed.stdout.splitlines() == [r["case"] for r in finished(tmp_path / "o")]
 
 

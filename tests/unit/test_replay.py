@@ -46,5 +46,5 @@ def test_an_id_is_found_below_out_and_elsewhere_its_file_is_asked_for(lab_case, 
     text = str(caught.value)
     assert f"no Case with id or name '{lab_case.stem}'" in text
     assert f"below {tmp_path}/elsewhere/out" in text
-    assert f"give its file, cases/{lab_case.stem}.json in the run's --out folder" in text
+    assert "give its file, cases/ID.json in the run's --out folder" in text
     assert "run --list" in text

@@ -170,6 +170,16 @@ def test_what_is_no_table_in_that_width_is_a_few_lines_a_patch(monkeypatch, cloc
     assert any(row.startswith("  3  ...  ") for row in rows)
 
 
+def test_a_terminal_of_next_to_nothing_is_no_error(monkeypatch, clock):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((1, 1)))
+    out = Terminal()
+    live = Live(COMMITS, ["svm"], out, clock=clock)
+    live.building(1, "default")
+    live.patch(PatchReport(1, COMMITS[0], (Build("default", 12.0, code=CODE),), (CellReport("svm", "smoke"),)))
+    assert out.getvalue() == "\n\x1b[1A\x1b[J\n", "one line, painted twice"
+
+
 def test_a_wide_terminal_shows_as_much_of_a_subject_as_a_table_takes(monkeypatch, clock):
     rows = painted(monkeypatch, clock, 200, ["svm", "svm-shadow", "svm-emul", "svm-debug"])
     assert "KVM: x86: Do without the detour over orig..." in rows[1]

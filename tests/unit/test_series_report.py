@@ -103,6 +103,17 @@ def test_lines_of_a_mail_are_short_and_commands_can_be_pasted():
     assert "got 0x8877665544332211" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("folder", ["it's mine", 'say "what"', "a {} b", "two  blanks", "plain"])
+def test_a_command_with_any_path_in_it_can_be_pasted(folder):
+    image = f"/home/{'x' * 30}/{folder}/bzImage"
+    again = f"kvm-harness lab run --kernel {shlex.quote(image)} --config svm -k {{}}"
+    worse = replace(FAILS, changes=(change("mismatch"),), command=again)
+    text = text_report(report(patch(worse)))
+    command = re.search(r"again: +((?:.*\\\n)*.*)\n", text)[1]
+    words = shlex.split(command.replace("\\\n", ""))
+    assert (words[4], words[-1]) == (image, "gpr/mov@long#0")
+
+
 # --- KTAP -------------------------------------------------------------------------------------------------------------
 
 RESULT = re.compile(r"^(ok|not ok) ([0-9]+) ?(- )?([^#]*)( # (SKIP|XFAIL|ERROR|TODO|TIMEOUT)\b.*)?$")
@@ -113,6 +124,7 @@ EVERY = {
     "untrue": patch(OTHER, commit=NO_CHANGE), "unbuildable": patch(CellReport("svm", ""), build=BROKEN),
     "lost": patch(LOST), "lost in part": patch(AGREES, replace(LOST, cell="svm-emul")),
     "bad and lost": patch(replace(FAILS, problem="the emulator died")),
+    "untrue and lost": patch(replace(OTHER, problem="the emulator died"), commit=NO_CHANGE),
     "not begun": patch(CellReport("svm", "", problem="an edit does not fit")),
     "inherits": patch(replace(AGREES, inherited={"gpr/mov@long#0": 0})),
     "layout": patch(AGREES, layout=LayoutReport(False, ("VCPU_REGS_RIP is a GPR index",))),
@@ -146,6 +158,7 @@ def test_a_patch_is_ok_where_all_its_parts_are(made):
         ("bad", ["svm smoke", "behaviour"]), ("bad and untrue", ["svm smoke", "behaviour"]), ("untrue", ["behaviour"]),
         ("unbuildable", ["builds default"]), ("lost", ["svm smoke"]), ("lost in part", ["svm-emul smoke"]),
         ("layout", ["layout"]), ("not begun", ["svm"]), ("bad and lost", ["svm smoke", "behaviour"]),
+        ("untrue and lost", ["svm smoke", "behaviour"]),
     ],
 )  # fmt: skip
 def test_what_is_bad_of_a_patch_is_not_ok(name, wrong):

@@ -481,6 +481,12 @@ def test_report_names_the_files_of_a_series_and_what_there_is_not(series, out, c
     assert "incomplete: 0 of 4 patches judged so far" in said.err
     assert main(["report", str(out), "--format", "junit"]) == 2
     assert "a series, which has no junit view: give text, html, ktap" in capsys.readouterr().err
+    (out / "report.ktap").unlink()
+    assert main(["report", str(out), "--format", "html,ktap"]) == 2
+    assert "report.ktap is missing: give the series' command again" in capsys.readouterr().err
+    (out / "report.json").write_text("{}")
+    assert main(["report", str(out)]) == 2
+    assert "'complete' of report.json is missing" in capsys.readouterr().err
 
 
 def test_the_page_is_whole_and_refers_to_nothing_outside(series, out):
