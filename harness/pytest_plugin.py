@@ -55,6 +55,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kvm: needs a usable /dev/kvm")
     config.stash[results_key] = []
+    try:
+        selection.check(config.getoption("--kvm-select"))
+    except selection.SelectionError as error:
+        raise pytest.UsageError(str(error).replace("-k", "--kvm-select", 1)) from error
     config.option.keyword = selection.alias(config.option.keyword)  # so that Case names may stand in -k
     out: Path | None = config.getoption("--kvm-out")
     if out is not None and not hasattr(config, "workerinput"):

@@ -57,19 +57,14 @@ def case_names(device: Path, expression: str | None) -> list[str]:
 
     Raises KvmUnusableError, GuestError; SelectionError when there is none.
     """
-    if expression is not None:
-        selection.check(expression)
-    selects = selection.matcher(expression or "")
+    selection.check(expression)  # before the Cases are made
     with Kvm(device) as kvm:
         host = Host(kvm)
         try:
             names = [case.name for case in all_cases(host.profile)]
         finally:
             host.close()
-    chosen = [name for name in names if selects(name)]
-    if not chosen:
-        raise selection.SelectionError(selection.nothing_matches(expression, names, _LISTING))
-    return chosen
+    return selection.selected(expression, names, _LISTING)
 
 
 def run_suite(request: Request, progress: Progress) -> int:
@@ -79,8 +74,7 @@ def run_suite(request: Request, progress: Progress) -> int:
     keeps a run from its end.
     """
     Kvm(request.device).close()
-    if request.expression is not None:
-        selection.check(request.expression)
+    selection.check(request.expression)
     # What would go wrong in every worker or with every Case is said once, here.
     load_known()
     guest_for("walk.S", "real")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 _ALIAS: Final = str.maketrans("@#", "[]")
@@ -28,11 +28,13 @@ def alias(name: str) -> str:
     return name.translate(_ALIAS)
 
 
-def check(expression: str) -> None:
-    """Raise SelectionError unless pytest will take ``alias(expression)``, and something is in it.
+def check(expression: str | None) -> None:
+    """Raise SelectionError unless it is an expression, with something in it; None, where none was given, is right.
 
     To pytest an empty one is everything, but a user who gives it has most likely left a variable unset.
     """
+    if expression is None:
+        return
     if not expression.strip():
         raise SelectionError(f"-k {expression!r} is empty: leave -k out to select everything, or {_HINT}")
     _parse(expression)
@@ -45,6 +47,16 @@ def nothing_matches(expression: str | None, names: Iterable[str], listing: str) 
         f"no Case matches -k {expression!r}: names look like alu/add_rr_b@long#0, and {listing} lists all of them; "
         f"families: {', '.join(families)}"
     )
+
+
+def selected(expression: str | None, names: Sequence[str], listing: str) -> list[str]:
+    """Those of ``names`` that an expression selects, all without one. SelectionError when there is none."""
+    check(expression)
+    selects = matcher(expression or "")
+    chosen = [name for name in names if selects(name)]
+    if not chosen:
+        raise SelectionError(nothing_matches(expression, names, listing))
+    return chosen
 
 
 def matcher(expression: str) -> Callable[[str], bool]:

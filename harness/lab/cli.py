@@ -134,7 +134,7 @@ def case_names(args: argparse.Namespace) -> list[str]:
     """
     from harness.lab.planner import cell_cases
     from harness.lab.profile import load_profile
-    from harness.selection import SelectionError, matcher, nothing_matches
+    from harness.selection import selected
 
     names: dict[str, None] = {}
     for config in _configurations(args):
@@ -143,11 +143,7 @@ def case_names(args: argparse.Namespace) -> list[str]:
             if profile is None:
                 raise LabInputError(f"{config.name} has no profile for Linux {series}: its Cases are known once it ran")
             names |= dict.fromkeys(case.name for case in cell_cases(config, profile, args.tier))
-    selects = matcher(args.k or "")
-    chosen = [name for name in names if selects(name)]
-    if not chosen:
-        raise SelectionError(nothing_matches(args.k, names, "kvm-harness lab run --list"))
-    return chosen
+    return selected(args.k, [*names], "kvm-harness lab run --list")
 
 
 def _series(args: argparse.Namespace, config: Configuration) -> list[str]:
@@ -255,8 +251,7 @@ def _run(args: argparse.Namespace) -> int:
     from harness.lab.run import Options, run_cells
     from harness.selection import check
 
-    if args.k is not None:
-        check(args.k)  # before anything is built or fetched
+    check(args.k)  # before anything is built or fetched
     if args.list:
         print("\n".join(case_names(args)))
         return 0
@@ -277,8 +272,7 @@ def _peers(args: argparse.Namespace) -> int:
 
     if not (args.selftests or args.build_selftests or args.unit_tests):
         raise LabInputError("nothing to run: give --selftests DIR or --build-selftests, and --unit-tests DIR")
-    if args.k is not None:
-        check(args.k)
+    check(args.k)
     out = results_folder(args.out) if args.out else new_folder()
     found = args.selftests
     if args.build_selftests:

@@ -137,8 +137,7 @@ def bisect_run(args: argparse.Namespace) -> int:
     from harness.series.cli import chosen_configurations, say
 
     try:
-        if args.k is not None:
-            check(args.k)
+        check(args.k)
         repository = Repository(args.tree)
         repository.release(repository.commit("HEAD"))  # what is no Linux has no commit that can be tested
         configs = chosen_configurations(args.config)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.selection import SelectionError, alias, check, matcher, nothing_matches
+from harness.selection import SelectionError, alias, check, matcher, nothing_matches, selected
 
 NAMES = ("gpr/mov@long#0", "gpr/mov@long-user#0", "mmio/load_al@real#1")
 
@@ -48,3 +48,14 @@ def test_pytest_takes_every_alias():
     for text in (*NAMES, "gpr and not @real#", "forced/a-b.c+d@long#0"):
         check(text)
         expression.compile(alias(text))
+
+
+def test_names_are_selected_or_it_is_said_what_there_is():
+    names = ["gpr/mov@long#0", "alu/add@real#0"]
+    check(None)
+    assert selected(None, names, "list") == names
+    assert selected("alu", names, "list") == names[1:]
+    with pytest.raises(SelectionError, match="no Case matches -k 'io': .* list lists all of them; families: gpr, alu"):
+        selected("io", names, "list")
+    with pytest.raises(SelectionError, match="is empty"):
+        selected("", names, "list")
