@@ -55,7 +55,7 @@ def test_names_are_selected_or_it_is_said_what_there_is():
     check(None)
     assert selected(None, names, "list") == names
     assert selected("alu", names, "list") == names[1:]
-    with pytest.raises(SelectionError, match="no Case matches -k 'io': .* list lists all of them; families: gpr, alu"):
+    with pytest.raises(SelectionError, match=r"no Case matches -k 'io': .* families: gpr, alu"):
         selected("io", names, "list")
     with pytest.raises(SelectionError, match="is empty"):
         selected("", names, "list")
