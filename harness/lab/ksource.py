@@ -173,15 +173,21 @@ _PLAIN: Final = tuple(
 )  # fmt: skip
 
 
-def git(tree: Path, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
+def git(
+    tree: Path,
+    *words: str,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    stdin: Path | None = None,
+) -> str:
     """What git says about ``tree``; nothing there is written unless ``words`` ask for it.
 
-    ``environment`` is added to the user's, of which git's own variables are left out. Raises LabInputError with git's
-    words when it refuses, LabError when it is not there or the disk is full.
+    ``environment`` is added to the user's, of which git's own variables are left out; ``stdin`` is a file. Raises
+    LabInputError with git's words when it refuses, LabError when it is not there or the disk is full.
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"LC_ALL": "C"}
     clean |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
-    return _run(["git", "-C", str(tree), *_PLAIN, *words], cwd or tree, {**clean, **(environment or {})})
+    return _run(["git", "-C", str(tree), *_PLAIN, *words], cwd or tree, {**clean, **(environment or {})}, stdin)
 
 
 class _GitCopy(PrivateCopy):
@@ -318,11 +324,21 @@ def _write(path: Path, content: bytes, executable: int | None = None) -> None:
     fresh.replace(path)
 
 
-def _run(command: list[str], cwd: Path, environment: Mapping[str, str] | None = None) -> str:
+def _run(
+    command: list[str], cwd: Path, environment: Mapping[str, str] | None = None, stdin: Path | None = None
+) -> str:
     try:
-        done = subprocess.run(
-            command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
+        with (stdin or Path(os.devnull)).open("rb") as given:
+            done = subprocess.run(
+                command,
+                cwd=cwd,
+                env=environment,
+                stdin=given,
+                capture_output=True,
+                encoding="utf-8",
+                errors="surrogateescape",
+                check=False,
+            )
     except FileNotFoundError as error:
         raise LabError(f"{command[0]} is not on this machine: apt-get install {command[0]}") from error
     if done.returncode:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,7 @@ from harness.series.git import Commit, Repository
 from harness.words import counted
 
 _IDENTITY: Final = {"GIT_COMMITTER_NAME": "kvm-harness", "GIT_COMMITTER_EMAIL": "kvm-harness@localhost"}
-_FILE: Final = re.compile(rb"^(?:(?:---|\+\+\+) [ab]/|rename (?:from|to) |copy (?:from|to) )([^\t\r\n]+)", re.MULTILINE)
+_GZIP: Final = b"\x1f\x8b"
 _SPECIAL: Final = re.compile(r"[][*?!#\\ ]")  # in patterns of gitignore(5)
 _REJECT_LINES: Final = 40
 
@@ -50,18 +51,50 @@ def apply_mbox(copy: PrivateCopy, mbox: Path, base: Commit, progress: Progress) 
 
 
 def touched_files(mbox: Path) -> set[str]:
-    """The files that the patches of a mailbox name. LabInputError for what cannot be read, or holds no patch."""
+    """The files that the patches of a mailbox name, as ``git am`` reads them: base64 and quoted-printable mails, too.
+
+    LabInputError for what cannot be read, holds no patch, or is one that git cannot parse.
+    """
     try:
-        mails = mbox.read_bytes()
+        with mbox.open("rb") as file:
+            start = file.read(2)
     except OSError as error:
         raise LabInputError(f"{mbox}: {error.strerror}: give --mbox a file of patches as they were mailed") from error
-    files = {name.decode(errors="surrogateescape") for name in _FILE.findall(mails)}
-    if not files or not re.search(rb"^From[ :]", mails, re.MULTILINE):
+    if start == _GZIP:
+        raise LabInputError(f"{mbox} is compressed: gunzip it")
+    with tempfile.TemporaryDirectory(prefix="kvm-harness-mbox-") as name:
+        folder = Path(name)
+        with contextlib.suppress(LabInputError):  # what git cannot split has no mails
+            git(folder, "mailsplit", "-b", f"-o{folder}", "--", str(mbox.absolute()))
+        mails = sorted(folder.iterdir())
+        files = {name for number, mail in enumerate(mails, 1) for name in _files_of(mail, number, mbox)}
+    if not files:
         raise LabInputError(
             f"{mbox} holds no patch by mail: give what `git format-patch --stdout` or `b4 am` writes, or a mailbox "
             "with the series"
         )
     return files
+
+
+def _files_of(mail: Path, number: int, mbox: Path) -> Iterator[str]:
+    """The files of one mail's patch, with the old names of those renamed. LabInputError for a damaged patch."""
+    message, patch = mail.with_suffix(".message"), mail.with_suffix(".patch")
+    subject = "a mail without a subject"
+    try:
+        said = git(mail.parent, "mailinfo", str(message), str(patch), stdin=mail)
+        subject = next((line[9:] for line in said.splitlines() if line.startswith("Subject: ")), subject)
+        if not patch.stat().st_size:
+            return
+        numbers = git(mail.parent, "apply", "--allow-empty", "--numstat", "-z", str(patch))
+        summary = git(mail.parent, "apply", "--allow-empty", "--numstat", "-z", "--reverse", str(patch))
+    except LabInputError as error:
+        words = str(error).partition(": ")[2]
+        raise LabInputError(
+            f"{mbox}: mail {number} holds a patch that git cannot read: {subject}\n{words}"
+        ) from error
+    for record in (numbers + summary).split("\0"):
+        if record:
+            yield record.split("\t")[-1]
 
 
 @contextlib.contextmanager

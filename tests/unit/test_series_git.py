@@ -1,6 +1,10 @@
 """The git side of a series, on small repositories: ranges, mailboxes, and everything that is wrong with them."""
 
+import base64
+import gzip
+import mailbox
 import os
+import quopri
 import subprocess
 
 import pytest
@@ -8,7 +12,7 @@ import pytest
 from harness.lab.errors import LabInputError
 from harness.lab.kbuild import workspace
 from harness.series.git import Commit, Repository
-from harness.series.mbox import ApplyError, apply_mbox
+from harness.series.mbox import ApplyError, apply_mbox, touched_files
 
 IDENTITY = {
     "GIT_AUTHOR_NAME": "A Uthor", "GIT_AUTHOR_EMAIL": "a@example.org", "GIT_COMMITTER_NAME": "C",
@@ -255,6 +259,53 @@ def test_a_patch_that_does_not_apply_is_named_with_its_reject(series, mbox):
     assert f"{EMULATE}" in text
     assert "+one" in text
     assert "base-commit" in text
+
+
+@pytest.mark.parametrize("encoding", ["base64", "quoted-printable", "8bit"])
+def test_mails_as_mail_programs_encode_them(series, mbox, encoding):
+    plain = touched_files(mbox)
+    mails = []
+    for mail in mailbox.mbox(mbox):
+        text = mail.get_payload(decode=True)
+        for name in ("Content-Type", "Content-Transfer-Encoding", "MIME-Version"):
+            del mail[name]
+        mail["MIME-Version"] = "1.0"
+        mail["Content-Type"] = 'text/plain; charset="utf-8"'
+        mail["Content-Transfer-Encoding"] = encoding
+        encode = {"base64": base64.encodebytes, "quoted-printable": quopri.encodestring, "8bit": bytes}[encoding]
+        mail.set_payload(encode(text).decode("latin-1"))
+        mails.append(mail.as_bytes(unixfrom=True))
+    mbox.write_bytes(b"\n".join(mails))
+    assert (b"+++ b/" in mbox.read_bytes()) is (encoding != "base64")
+    assert touched_files(mbox) == plain
+    assert [c.subject for c in applied(series, mbox).commits] == ["KVM: x86: one", "KVM: x86: two", "KVM: x86: three"]
+
+
+def test_modes_and_old_names_are_files_of_a_series(series, tmp_path):
+    series.git("reset", "--quiet", "--hard", "base")
+    (series.path / EMULATE).chmod(0o755)
+    series.git("commit", "--quiet", "--all", "-m", "a mode")
+    series.git("mv", EMULATE, f"{EMULATE}.old")
+    series.git("commit", "--quiet", "--all", "-m", "a new name")
+    path = tmp_path / "modes.mbox"
+    path.write_text(series.git("format-patch", "--stdout", "base..HEAD"))
+    series.git("reset", "--quiet", "--hard", "base")
+    assert touched_files(path) == {EMULATE, f"{EMULATE}.old"}
+    assert [c.subject for c in applied(series, path).commits] == ["a mode", "a new name"]
+
+
+def test_a_damaged_patch_is_named(mbox):
+    text = mbox.read_text()
+    at = text.index("@@ -")
+    mbox.write_text(text[:at] + text[at:].replace("\n ", "\n", 1))
+    with pytest.raises(LabInputError, match=r"mail 2 holds a patch that git cannot .*: one\n.*corrupt patch"):
+        touched_files(mbox)
+
+
+def test_a_compressed_mailbox(mbox):
+    mbox.write_bytes(gzip.compress(mbox.read_bytes()))
+    with pytest.raises(LabInputError, match="is compressed: gunzip it"):
+        touched_files(mbox)
 
 
 @pytest.mark.parametrize("content", ["", "hello\n", "From x\nSubject: y\n\nno diff here\n"])
