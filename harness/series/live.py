@@ -42,7 +42,8 @@ class Live:
         self._detail = ""
         self._running: dict[str, str] = {}
         self._clock = clock
-        self._began = self._last = clock()
+        self._began = self._last = self._since = clock()
+        self._took: list[float] = []  # seconds that each patch took which was built and judged here
         self._painted = 0  # lines on the terminal that are ours to repaint
 
     def say(self, text: str) -> None:
@@ -52,6 +53,8 @@ class Live:
 
     def building(self, number: int, flavour: str) -> None:
         """The kernel of a patch (0: BASE) is built."""
+        if number != self._number:
+            self._since = self._clock()
         self._number, self._running = number, {}
         self._stage, self._detail = f"building {self._who()} ({flavour})", ""
         self._paint()
@@ -73,6 +76,8 @@ class Live:
     def patch(self, report: PatchReport) -> None:
         """A patch has its verdict."""
         self._reports.append(report)
+        if report.number == self._number:  # one that an earlier run has judged was not built here
+            self._took.append(self._clock() - self._since)
         self._number, self._running = report.number, {}
         self._stage, self._detail = f"judged {self._who()}", ""
         if self._terminal:
@@ -108,9 +113,14 @@ class Live:
         return f"patch {self._number} of {len(self._commits)}" if self._number else "BASE"
 
     def _status(self, now: float) -> str:
-        """Time so far, what is at work, and what is left: ``3 min 12 s  building BASE (default); then 5 patches``."""
+        """Time so far, what is at work, what is left: ``12 s  building patch 3 of 5; then 2 more, about 6 min 00 s``.
+
+        The estimate is that each of them takes as long as those did that are judged.
+        """
         left = len(self._commits) - self._number
         then = f"; then {f'{left} more' if self._number else counted(left, 'patch', 'patches')}" if left else ""
+        if left and self._took:
+            then += f", about {span(round(sum(self._took) / len(self._took) * left, -1))}"
         return f"{span(now - self._began)}  {self._stage}{then}" if self._stage else span(now - self._began)
 
     def _patches(self, width: int) -> list[str]:

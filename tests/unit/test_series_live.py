@@ -1,5 +1,6 @@
 """The table while a series runs: repainted on a terminal, a line for each patch elsewhere."""
 
+import dataclasses
 import io
 import os
 
@@ -52,6 +53,17 @@ def test_elsewhere_it_is_lines(report, clock):
     assert "\x1b" not in out.getvalue()
 
 
+def test_how_long_the_rest_takes_is_told_by_what_was_judged_here(report, clock):
+    out = io.StringIO()
+    live = Live([*COMMITS, *COMMITS], ["svm"], out, clock=clock)
+    live.patch(report)  # by an earlier run
+    live.building(2, "default")
+    assert out.getvalue().splitlines()[-1].endswith("  building patch 2 of 4 (default); then 2 more")
+    live.patch(dataclasses.replace(report, number=2))
+    live.building(3, "default")
+    assert out.getvalue().splitlines()[-1].endswith("  building patch 3 of 4 (default); then 1 more, about 1 min 00 s")
+
+
 def screen(text):
     """What a terminal shows of text with only newlines and "up N, clear" in it."""
     rows = [""]
@@ -79,7 +91,7 @@ def test_on_a_terminal_it_is_one_table(report, clock, monkeypatch):
     live.cells(1, {"svm": (10, 4000)}, 1)
     assert "10/4000" in screen(out.getvalue())[1]
     live.patch(report)
-    assert screen(out.getvalue())[3].endswith(" s  judged patch 1 of 2; then 1 more")
+    assert screen(out.getvalue())[3].endswith(" s  judged patch 1 of 2; then 1 more, about 1 min 30 s")
     live.say("something that stays")
     live.building(2, "default")
     live.doing("linux: building bzImage")
