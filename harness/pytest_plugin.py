@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -25,7 +24,7 @@ from harness.judge import Result, Runner
 from harness.known import load_known
 from harness.machine import KvmMachine
 from harness.report.text import summary_lines
-from harness.report.views import CASES_FOLDER
+from harness.report.views import CASES_FOLDER, kept_word
 from harness.verdict import BAD_INPUT, NO_KVM, Verdict
 from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError, Vcpu, Vm
 
@@ -257,7 +256,7 @@ def _keep(case: Case, out: Path) -> str:
         path.write_text(json.dumps(case.to_json()))
     except OSError:  # its record will say so too
         return case.id
-    return shlex.quote(str(path))
+    return kept_word(path)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def family_and_mode(name: str) -> tuple[str, str]:
 def replay_command(run: RunResults, record: Record) -> str:
     """The command that runs this Case again: by its file where the run has kept it."""
     kept = run.folder / CASES_FOLDER / f"{record['id']}.json"
-    return f"kvm-harness replay {shlex.quote(str(kept)) if kept.exists() else record['id']}"
+    return f"kvm-harness replay {kept_word(kept) if kept.exists() else record['id']}"
 
 
 def kept_word(file: Path) -> str:
