@@ -246,6 +246,8 @@ class Workspace:
 
     def make_image(self) -> Path:
         """Build the whole kernel; the path of what an emulator boots. Raises BuildError, LabError."""
+        if not (self.build / "vmlinux").exists():
+            self.progress(f"{self.copy.tree.name}: its first build here, which compiles all of it")
         self.make("bzImage")
         return self.build / "vmlinux"
 

@@ -111,8 +111,8 @@ def series(args: argparse.Namespace) -> int:
     else:
         if args.range is not None or args.base is None:
             raise LabInputError("--mbox FILE goes with --base REV, the commit that its patches apply to, and no range")
-        repository, patches = _mailed(args)
-        title = f"{args.mbox.name} on {args.base}"
+        repository, patches, lacking = _mailed(args)
+        title = f"{args.mbox.name}{f' ({lacking})' if lacking else ''} on {args.base}"
     if not args.allow_dirty and args.mbox is None:
         repository.check_clean()
     return _validate(args, patches, title, configs)
@@ -151,17 +151,18 @@ def _lacking(report: object) -> list[str]:
     return [f"{key!r} of report.json" for key in keys if not isinstance(report, dict) or key not in report]
 
 
-def _mailed(args: argparse.Namespace) -> tuple[Repository, PatchRange]:
+def _mailed(args: argparse.Namespace) -> tuple[Repository, PatchRange, str]:
+    """A series by mail: where its commits are, which they are, and what is missing of it."""
     from harness.lab.kbuild import workspace
     from harness.series.git import Repository
-    from harness.series.mbox import apply_mbox, touched_files
+    from harness.series.mbox import apply_mbox, read_mailbox
 
-    touched_files(args.mbox)  # what is wrong with it needs no lock, for which another run may let this one wait
+    mailbox = read_mailbox(args.mbox)  # what is wrong with it is told before another run's build ends
     base = Repository(args.tree).commit(args.base)
     with workspace(args.tree, progress=say) as work:
         tip = apply_mbox(work.copy, args.mbox, base, say)
         repository = Repository(args.tree, work.copy.environment())
-        return repository, repository.range(f"{base.id}..{tip.id}")
+        return repository, repository.range(f"{base.id}..{tip.id}"), str(mailbox)
 
 
 def _validate(
@@ -191,8 +192,11 @@ def _validate(
         try:
             with _pool(setup.machines) as pool:
                 report = SeriesRun(setup, folder, pool, live).run()
-        finally:
-            live.close()
+        except BaseException:
+            live.leave()
+            say("what is finished is kept; the same command goes on from there")
+            raise
+        live.close()
         print(text_report(report), end="")
         _tell_files(folder.path, report)
     return report.status
@@ -226,7 +230,6 @@ def _pool(machines: int) -> Iterator[Executor]:
         yield pool
     except BaseException:
         pool.stop()
-        say("what is finished is kept; the same command goes on from there")
         raise
     pool.shutdown()
 

@@ -163,6 +163,8 @@ class Repository:
         except LabInputError as error:  # no common commit within reach
             why = self._shallow_hint() if self.shallow else "they have no common history"
             raise LabInputError(f"{first} is no ancestor of {last}: {why}") from error
+        if fork == tip.id != base.id:
+            raise LabInputError(f"{first}..{last} is empty, for {last} is older: give {last}..{first}")
         if fork != base.id:
             raise LabInputError(
                 f"{first} is no ancestor of {last}: they part at {self.commit(fork)}; for that series give "

@@ -91,6 +91,10 @@ class Live:
         """Take away what is repainted."""
         self._write(self._erase())
 
+    def leave(self) -> None:
+        """Repaint no more: what is there stays."""
+        self._painted = 0
+
     # --- how ---
 
     def _paint(self, force: bool = False) -> None:

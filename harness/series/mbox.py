@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ from harness.series.git import Commit, Repository
 from harness.words import counted
 
 _IDENTITY: Final = {"GIT_COMMITTER_NAME": "kvm-harness", "GIT_COMMITTER_EMAIL": "kvm-harness@localhost"}
+_PLACE: Final = re.compile(r"\[[^]]*?\b0*(\d+)/0*(\d+)\]")
 _GZIP: Final = b"\x1f\x8b"
 _SPECIAL: Final = re.compile(r"[][*?!#\\ ]")  # in patterns of gitignore(5)
 _REJECT_LINES: Final = 40
@@ -36,8 +38,7 @@ def apply_mbox(copy: PrivateCopy, mbox: Path, base: Commit, progress: Progress) 
     ``copy`` must be locked by the caller (harness.lab.kbuild.workspace). Raises LabInputError for what is no mailbox
     with patches, ApplyError when a patch does not apply, LabError.
     """
-    files = touched_files(mbox)
-    with _work_tree(copy, files) as work:
+    with _work_tree(copy, read_mailbox(mbox).files) as work:
         progress(f"{mbox.name}: applying its patches to {base}")
         work.checkout(base)
         try:
@@ -50,10 +51,28 @@ def apply_mbox(copy: PrivateCopy, mbox: Path, base: Commit, progress: Progress) 
     return tip
 
 
-def touched_files(mbox: Path) -> set[str]:
-    """The files that the patches of a mailbox name, as ``git am`` reads them: base64 and quoted-printable mails, too.
+@dataclass(frozen=True)
+class Mailbox:
+    """What the patches of a mailbox name: their files, and how many there are by ``[PATCH 2/5]``.
 
-    LabInputError for what cannot be read, holds no patch, or is one that git cannot parse.
+    ``missing`` are the numbers of those that are not in it.
+    """
+
+    files: frozenset[str]
+    count: int = 0
+    missing: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.missing:
+            return ""
+        numbers = ", ".join(map(str, self.missing))
+        return f"without patch{'es' * (len(self.missing) > 1)} {numbers} of {self.count}"
+
+
+def read_mailbox(mbox: Path) -> Mailbox:
+    """What is in a mailbox, as ``git am`` reads it: base64 and quoted-printable mails, too.
+
+    LabInputError for what cannot be read, holds no patch or one that git cannot parse, or is out of order.
     """
     try:
         with mbox.open("rb") as file:
@@ -67,24 +86,41 @@ def touched_files(mbox: Path) -> set[str]:
         with contextlib.suppress(LabInputError):  # what git cannot split has no mails
             git(folder, "mailsplit", "-b", f"-o{folder}", "--", str(mbox.absolute()))
         mails = sorted(folder.iterdir())
-        files = {name for number, mail in enumerate(mails, 1) for name in _files_of(mail, number, mbox)}
-    if not files:
+        patches = [patch for number, mail in enumerate(mails, 1) if (patch := _patch(mail, number, mbox)).files]
+    if not patches:
         raise LabInputError(
             f"{mbox} holds no patch by mail: give what `git format-patch --stdout` or `b4 am` writes, or a mailbox "
             "with the series"
         )
-    return files
+    numbers, counts = [p.number for p in patches], {p.count for p in patches}
+    files = frozenset(name for patch in patches for name in patch.files)
+    if len(counts) > 1 or 0 in counts:  # not one series as `git format-patch -n` numbers it
+        return Mailbox(files)
+    if numbers != sorted(set(numbers)):
+        said = ", ".join(map(str, numbers))
+        raise LabInputError(f"{mbox} holds the patches {said} in this order: `b4 am` sorts a series")
+    (count,) = counts
+    return Mailbox(files, count, tuple(sorted({*range(1, count + 1)} - {*numbers})))
 
 
-def _files_of(mail: Path, number: int, mbox: Path) -> Iterator[str]:
-    """The files of one mail's patch, with the old names of those renamed. LabInputError for a damaged patch."""
+@dataclass(frozen=True)
+class _Patch:
+    """One mail's: its files, with the old names of those renamed; its ``number`` of ``count``, 0 if it has none."""
+
+    files: frozenset[str]
+    number: int = 0
+    count: int = 0
+
+
+def _patch(mail: Path, number: int, mbox: Path) -> _Patch:
+    """What one mail holds; no files if it is no patch. LabInputError for a damaged one."""
     message, patch = mail.with_suffix(".message"), mail.with_suffix(".patch")
     subject = "a mail without a subject"
     try:
-        said = git(mail.parent, "mailinfo", str(message), str(patch), stdin=mail)
+        said = git(mail.parent, "mailinfo", "-k", str(message), str(patch), stdin=mail)
         subject = next((line[9:] for line in said.splitlines() if line.startswith("Subject: ")), subject)
         if not patch.stat().st_size:
-            return
+            return _Patch(frozenset())
         numbers = git(mail.parent, "apply", "--allow-empty", "--numstat", "-z", str(patch))
         summary = git(mail.parent, "apply", "--allow-empty", "--numstat", "-z", "--reverse", str(patch))
     except LabInputError as error:
@@ -92,13 +128,13 @@ def _files_of(mail: Path, number: int, mbox: Path) -> Iterator[str]:
         raise LabInputError(
             f"{mbox}: mail {number} holds a patch that git cannot read: {subject}\n{words}"
         ) from error
-    for record in (numbers + summary).split("\0"):
-        if record:
-            yield record.split("\t")[-1]
+    files = frozenset(record.split("\t")[-1] for record in (numbers + summary).split("\0") if record)
+    place = _PLACE.match(subject)
+    return _Patch(files, int(place[1]), int(place[2])) if place else _Patch(files)
 
 
 @contextlib.contextmanager
-def _work_tree(copy: PrivateCopy, files: set[str]) -> Iterator[_WorkTree]:
+def _work_tree(copy: PrivateCopy, files: frozenset[str]) -> Iterator[_WorkTree]:
     folder = copy.folder / "mail"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -110,7 +146,7 @@ def _work_tree(copy: PrivateCopy, files: set[str]) -> Iterator[_WorkTree]:
 class _WorkTree:
     """A repository of one branch, which borrows the user's objects, and only those files that patches touch."""
 
-    def __init__(self, copy: PrivateCopy, folder: Path, files: set[str]) -> None:
+    def __init__(self, copy: PrivateCopy, folder: Path, files: frozenset[str]) -> None:
         self.folder = folder
         self._environment = {**copy.environment(), **_IDENTITY}
         folder.mkdir()

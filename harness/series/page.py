@@ -50,8 +50,8 @@ def page(report: SeriesReport) -> str:
         body += _patch(patch, report)
     body += _base(report)
     body.append(
-        f'<p class="soft">{report.seconds:.0f} s in all, {report.compiling:.0f} s of it compiling; '
-        f"{escape(report.host)}</p>"
+        f'<p class="soft">{report.seconds:.0f} s {"in all" if report.complete else "up to here"}, '
+        f"{report.compiling:.0f} s of it compiling; {escape(report.host)}</p>"
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

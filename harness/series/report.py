@@ -37,12 +37,13 @@ def write_reports(folder: Path, report: SeriesReport) -> None:
 
 def text_report(report: SeriesReport) -> str:
     """For a mail: the table, then what is to be said of each patch, the first bad one with all that shows it again."""
-    lines = [*_head(report), "", *_overview(report), "", *_conclusion(report)]
+    lines = [*_head(report), "", *_overview(report), *[""] * bool(report.patches), *_conclusion(report)]
     for patch in report.patches:
         lines += ["", *patch_lines(patch, report)]
     lines += ["", *brief.base_lines(report)]
     lines.append(
-        f"{report.seconds:.0f} s in all, {report.compiling:.0f} s of it compiling; {report.host}; cells: "
+        f"{report.seconds:.0f} s {'in all' if report.complete else 'up to here'}, {report.compiling:.0f} s of it "
+        f"compiling; {report.host}; cells: "
         f"{', '.join(report.cells)}"
     )
     return "\n".join(text.rstrip() for line in lines for text in _wrapped(line)) + "\n"

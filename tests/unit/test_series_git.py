@@ -12,7 +12,7 @@ import pytest
 from harness.lab.errors import LabInputError
 from harness.lab.kbuild import workspace
 from harness.series.git import Commit, Repository
-from harness.series.mbox import ApplyError, apply_mbox, touched_files
+from harness.series.mbox import ApplyError, apply_mbox, read_mailbox
 
 IDENTITY = {
     "GIT_AUTHOR_NAME": "A Uthor", "GIT_AUTHOR_EMAIL": "a@example.org", "GIT_COMMITTER_NAME": "C",
@@ -124,6 +124,7 @@ def test_unknown_range(series):
     assert "as in base..HEAD" in refused(series, "base...HEAD")
     assert "names no BASE" in refused(series, "..HEAD")
     assert "no commits" in refused(series, "base..base")
+    assert "HEAD..base is empty, for base is older: give base..HEAD" in refused(series, "HEAD..base")
 
 
 def test_one_commit_is_no_range_and_no_empty_one_is_suggested(series):
@@ -263,7 +264,7 @@ def test_a_patch_that_does_not_apply_is_named_with_its_reject(series, mbox):
 
 @pytest.mark.parametrize("encoding", ["base64", "quoted-printable", "8bit"])
 def test_mails_as_mail_programs_encode_them(series, mbox, encoding):
-    plain = touched_files(mbox)
+    plain = read_mailbox(mbox)
     mails = []
     for mail in mailbox.mbox(mbox):
         text = mail.get_payload(decode=True)
@@ -277,7 +278,7 @@ def test_mails_as_mail_programs_encode_them(series, mbox, encoding):
         mails.append(mail.as_bytes(unixfrom=True))
     mbox.write_bytes(b"\n".join(mails))
     assert (b"+++ b/" in mbox.read_bytes()) is (encoding != "base64")
-    assert touched_files(mbox) == plain
+    assert read_mailbox(mbox) == plain
     assert [c.subject for c in applied(series, mbox).commits] == ["KVM: x86: one", "KVM: x86: two", "KVM: x86: three"]
 
 
@@ -290,7 +291,7 @@ def test_modes_and_old_names_are_files_of_a_series(series, tmp_path):
     path = tmp_path / "modes.mbox"
     path.write_text(series.git("format-patch", "--stdout", "base..HEAD"))
     series.git("reset", "--quiet", "--hard", "base")
-    assert touched_files(path) == {EMULATE, f"{EMULATE}.old"}
+    assert read_mailbox(path).files == {EMULATE, f"{EMULATE}.old"}
     assert [c.subject for c in applied(series, path).commits] == ["a mode", "a new name"]
 
 
@@ -299,13 +300,25 @@ def test_a_damaged_patch_is_named(mbox):
     at = text.index("@@ -")
     mbox.write_text(text[:at] + text[at:].replace("\n ", "\n", 1))
     with pytest.raises(LabInputError, match=r"mail 2 holds a patch that git cannot .*: one\n.*corrupt patch"):
-        touched_files(mbox)
+        read_mailbox(mbox)
+
+
+def test_a_patch_that_is_missing_is_told(mbox):
+    assert (read_mailbox(mbox).count, str(read_mailbox(mbox))) == (3, "")
+    mails = mbox.read_text().split("From ")
+    mbox.write_text("From ".join([*mails[:2], mails[3]]))
+    assert str(read_mailbox(mbox)) == "without patches 1, 3 of 3"
+    mbox.write_text("From ".join([*mails[:2], mails[3], mails[2]]))
+    with pytest.raises(LabInputError, match=r"holds the patches 2, 1 in this order: `b4 am` sorts a series"):
+        read_mailbox(mbox)
+    mbox.write_text("From ".join([*mails[:2], mails[3]]).replace("[PATCH 2/3]", "[PATCH]"))
+    assert str(read_mailbox(mbox)) == ""
 
 
 def test_a_compressed_mailbox(mbox):
     mbox.write_bytes(gzip.compress(mbox.read_bytes()))
     with pytest.raises(LabInputError, match="is compressed: gunzip it"):
-        touched_files(mbox)
+        read_mailbox(mbox)
 
 
 @pytest.mark.parametrize("content", ["", "hello\n", "From x\nSubject: y\n\nno diff here\n"])

@@ -53,6 +53,19 @@ def test_elsewhere_it_is_lines(report, clock):
     assert "\x1b" not in out.getvalue()
 
 
+def test_what_an_interrupt_leaves_on_a_terminal_stays(report, clock, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    live = Live(COMMITS, ["svm"], out, clock=clock)
+    live.building(1, "default")
+    live.patch(report)
+    before = screen(out.getvalue())
+    live.leave()
+    out.write("what is finished is kept\n")
+    live.close()
+    assert screen(out.getvalue()) == [*before[:-1], "what is finished is kept", ""]
+
+
 def test_how_long_the_rest_takes_is_told_by_what_was_judged_here(report, clock):
     out = io.StringIO()
     live = Live([*COMMITS, *COMMITS], ["svm"], out, clock=clock)
