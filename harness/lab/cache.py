@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -94,6 +95,18 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def sizes() -> dict[Path, tuple[int, int]]:
+    """Folder of a kind -> the number of its entries and its size in MB on the disk, the largest first."""
+    folders = [p for p in cache_directory().glob("*") if p.is_dir() and p.name != "lab"]
+    folders += [p for p in (cache_directory() / "lab").glob("*") if p.is_dir()]
+    found = {}
+    for folder in folders:
+        said = subprocess.run(["du", "-sm", str(folder)], capture_output=True, check=False)  # it may be changing
+        entries = sum(not p.name.startswith(".") for p in folder.iterdir())
+        found[folder] = (entries, int(said.stdout.split()[0]) if said.stdout else 0)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
 def prune(kind: str, keep: int) -> None:

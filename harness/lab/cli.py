@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
-from harness.lab.cache import area
+from harness.lab import cache
 from harness.lab.configurations import CONFIGURATIONS, Configuration, configuration
 from harness.lab.errors import LabError, LabInputError
 from harness.lab.planner import TIERS
@@ -232,11 +232,10 @@ def _list(args: argparse.Namespace) -> int:
     print("stock kernels (--debian):")
     for series, (suite, *_) in STOCK.items():
         print(f"  {series:12s} Debian {suite}")
-    print("in the cache:")
-    for kind in ("qemu", "image", "kernel", "vmlinux", "initramfs", "kernels", "plan", "machine"):
-        entries = [p for p in area(kind).iterdir() if p.is_dir() and not p.name.startswith(".")]
-        size = sum(512 * f.stat().st_blocks for p in entries for f in p.rglob("*") if f.is_file())
-        print(f"  {kind:12s} {len(entries)} of {size / 1e6:,.0f} MB in {area(kind)}")
+    sizes = cache.sizes()
+    print(f"in the cache ({sum(size for _, size in sizes.values()):,} MB in all; what is deleted there is made again):")
+    for folder, (entries, size) in sizes.items():
+        print(f"  {folder.name:12s} {entries:3d} of {size:7,d} MB in {folder}")
     return 0
 
 
@@ -281,6 +280,7 @@ def _peers(args: argparse.Namespace) -> int:
 
 
 def _shell(args: argparse.Namespace) -> int:
-    from harness.lab.shell import interactive
+    from harness.lab.shell import check_terminal, interactive
 
+    check_terminal()  # before anything is built or fetched
     return interactive(cells(args)[0])

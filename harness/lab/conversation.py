@@ -161,7 +161,7 @@ class Conversation:
                     boot.kill()
                     return
                 if waited >= limit:
-                    raise
+                    raise TimeoutError(f"nothing from its runner for {limit:g} s") from None
 
     def _order(self, boot: Boot) -> None:
         job = self.run.next_job()

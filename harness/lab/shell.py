@@ -27,10 +27,14 @@ exec setsid -c sh -i
 """
 
 
+def check_terminal() -> None:
+    """LabInputError without one."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise LabInputError("lab shell needs a terminal on stdin and stdout")
+
+
 def interactive(cell: Cell) -> int:
     """Boot ``cell`` and connect this terminal with its console, until the shell ends or Ctrl-] is typed."""
-    if not sys.stdin.isatty():
-        raise LabInputError("lab shell needs a terminal on stdin")
     disks = [runner_payload(start=_START)]
     with (
         tempfile.TemporaryDirectory(prefix="kvm-harness-") as folder,

@@ -18,6 +18,9 @@ _ASKED: Final = {
     "cpuid-leaf-1": "CPUID leaf 1 shows what KVM_SET_CPUID2 set",
     "cpuid-leaf-7": "CPUID leaf 7 shows what KVM_SET_CPUID2 set",
     "pat-reserved-types": "WRMSR of a reserved memory type to PAT raises #GP",
+    "hypercall": "a hypercall with KVM_CAP_EXIT_HYPERCALL returns to the guest or leaves for userspace",
+    "irq-window": "KVM tells when an interrupt can be injected (KVM_EXIT_IRQ_WINDOW_OPEN)",
+    "smm": "there is a system management mode, with memory of its own (KVM_CAP_X86_SMM)",
 }
 _GOOD, _ODD = "good", "odd "
 

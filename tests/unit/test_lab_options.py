@@ -26,6 +26,25 @@ def test_refused(capsys, words, error):
     assert error in capsys.readouterr().err
 
 
+def test_a_shell_without_a_terminal_is_refused_before_anything_is_fetched(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVM_HARNESS_CACHE", str(tmp_path))
+    assert main(["lab", "shell"]) == 2
+    assert "needs a terminal on stdin and stdout" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_cache_is_summed_up(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVM_HARNESS_CACHE", str(tmp_path))
+    (tmp_path / "lab" / "trees" / "one").mkdir(parents=True)
+    (tmp_path / "lab" / "trees" / "one" / "vmlinux").write_bytes(bytes(3_000_000))
+    (tmp_path / "guests" / "two").mkdir(parents=True)
+    assert main(["lab", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("in the cache ("))
+    assert lines[at + 1].split()[:5] == ["trees", "1", "of", "3", "MB"]
+    assert lines[at + 2].split()[:3] == ["guests", "1", "of"]
+
+
 def listed(capsys, *words):
     assert main(["lab", "run", "--list", *words]) == 0
     return capsys.readouterr().out.splitlines()
