@@ -38,6 +38,7 @@ from harness.lab.splat import find_splats
 __all__ = ["CONSOLE", "Arrival", "Boot", "BootSpec", "Ending", "How", "outer_acceleration"]
 
 CONSOLE_LOG: Final = "console.log"
+SILENT_LOG: Final = "silent.txt"
 EMULATOR_LOG: Final = "emulator.log"
 CONSOLE_LIMIT: Final = 64 << 20
 """Bytes of console output that one machine may write; what comes after is dropped, and the log says so."""
@@ -180,6 +181,20 @@ class Boot(Inbox):
             future.cancel()
             said = str(error) or "no answer"
             raise LostError(f"QMP {command}: {said}; see {self.folder / EMULATOR_LOG}") from error
+
+    def inspect(self) -> None:
+        """Write what the emulator says of the processor to SILENT_LOG, twice within a second: does it still move?
+
+        For a machine that says nothing any more. An emulator that does not answer either leaves what it said before.
+        """
+        with contextlib.suppress(LostError, OSError), open(self.folder / SILENT_LOG, "w") as file:
+            for wait in (0.5, 0.0):
+                for about in ("status", "registers", "lapic", "pic"):
+                    command: dict[str, Any] = {"command-line": f"info {about}"}
+                    said = self.execute("human-monitor-command", **command)
+                    file.write(f"info {about}\n{said}\n")
+                    file.flush()
+                self.wait(wait)
 
     def save(self, path: Path) -> None:
         """Write the whole machine to a file, for :attr:`BootSpec.incoming`; it stands still meanwhile, then goes on.

@@ -215,6 +215,8 @@ class Conversation:
         run = self.run
         hung = isinstance(error, TimeoutError)
         ending = boot.ending if hung else boot.wait(_ENDS_WITHIN)
+        if hung and ending is None:
+            boot.inspect()
         if ending is None:
             boot.kill()
         console = self.folder / CONSOLE_LOG

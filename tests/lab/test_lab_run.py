@@ -375,6 +375,9 @@ def test_a_kernel_that_falls_silent_once_is_asked_again(cell, plan, profile, tmp
     assert [r.name for r in results] == list(plan.names[:600])
     assert Verdict.SPLAT not in results.verdicts
     assert len(list(tmp_path.glob("boot-*"))) == 2
+    (silent,) = tmp_path.glob("boot-*/silent.txt")
+    assert silent.read_text().count("RIP=") == 2
+    assert "HLT=1" in silent.read_text(), "nothing runs there"
 
 
 def test_a_kernel_that_falls_silent_again_is_bad(cell, plan, profile, tmp_path, monkeypatch):

@@ -66,6 +66,9 @@ class Ended:
     def kill(self):
         return self.ending
 
+    def inspect(self):
+        assert self.ending is None
+
 
 @pytest.fixture
 def results():
