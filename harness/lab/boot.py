@@ -188,13 +188,13 @@ class Boot(Inbox):
         For a machine that says nothing any more. An emulator that does not answer either leaves what it said before.
         """
         with contextlib.suppress(LostError, OSError), open(self.folder / SILENT_LOG, "w") as file:
-            for wait in (0.5, 0.0):
+            for _ in range(2):
                 for about in ("status", "registers", "lapic", "pic"):
                     command: dict[str, Any] = {"command-line": f"info {about}"}
                     said = self.execute("human-monitor-command", **command)
                     file.write(f"info {about}\n{said}\n")
                     file.flush()
-                self.wait(wait)
+                self.wait(0.5)
 
     def save(self, path: Path) -> None:
         """Write the whole machine to a file, for :attr:`BootSpec.incoming`; it stands still meanwhile, then goes on.

@@ -233,7 +233,8 @@ def _list(args: argparse.Namespace) -> int:
     for series, (suite, *_) in STOCK.items():
         print(f"  {series:12s} Debian {suite}")
     sizes = cache.sizes()
-    print(f"in the cache ({sum(size for _, size in sizes.values()):,} MB in all; what is deleted there is made again):")
+    whole = sum(size for _, size in sizes.values())
+    print(f"in the cache ({whole:,} MB in all; what is deleted there is made or fetched again):")
     for folder, (entries, size) in sizes.items():
         print(f"  {folder.name:12s} {entries:3d} of {size:7,d} MB in {folder}")
     return 0

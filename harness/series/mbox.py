@@ -121,14 +121,15 @@ def _patch(mail: Path, number: int, mbox: Path) -> _Patch:
         subject = next((line[9:] for line in said.splitlines() if line.startswith("Subject: ")), subject)
         if not patch.stat().st_size:
             return _Patch(frozenset())
-        numbers = git(mail.parent, "apply", "--allow-empty", "--numstat", "-z", str(patch))
-        summary = git(mail.parent, "apply", "--allow-empty", "--numstat", "-z", "--reverse", str(patch))
+        # Forwards it names the files as they become, backwards as they were.
+        directions = ((), ("--reverse",))
+        named = [git(mail.parent, "apply", "--allow-empty", "--numstat", "-z", *d, str(patch)) for d in directions]
     except LabInputError as error:
         words = str(error).partition(": ")[2]
         raise LabInputError(
             f"{mbox}: mail {number} holds a patch that git cannot read: {subject}\n{words}"
         ) from error
-    files = frozenset(record.split("\t")[-1] for record in (numbers + summary).split("\0") if record)
+    files = frozenset(record.split("\t")[-1] for record in "".join(named).split("\0") if record)
     place = _PLACE.match(subject)
     return _Patch(files, int(place[1]), int(place[2])) if place else _Patch(files)
 
