@@ -24,16 +24,18 @@ from statistics import median
 from typing import Any, Final
 
 from harness import kvm_ioctl as k
-from harness import vm as vm_module
+from harness import vcpu as vcpu_module
 from harness.case import Blob, Case, Memory, Run, Slot, VmShape
 from harness.exits import Halt
 from harness.host import Host
+from harness.kvm_machine import KvmMachine
 from harness.lockstep import lockstep
-from harness.machine import KvmMachine, Recording, record
+from harness.machine import Recording, record
 from harness.modes import CODE_BASE, setup
 from harness.state import pack_regs
+from harness.vcpu import SYNC
 from harness.verdict import NO_KVM
-from harness.vm import DEFAULT_DEVICE, SYNC, Kvm, KvmUnusableError
+from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError
 
 LOOP_C: Final = Path(__file__).with_name("loop.c")
 RATIO_TARGET: Final = 0.5
@@ -96,7 +98,7 @@ def halting_cases(host: Host, count: int) -> list[Case]:
 def recorded_requests() -> Iterator[list[int]]:
     """The vCPU ioctls that happen inside, in order."""
     seen: list[int] = []
-    plain = {name: vars(vm_module)[name] for name in ("ioctl", "plain_ioctl", "enter")}
+    plain = {name: vars(vcpu_module)[name] for name in ("ioctl", "plain_ioctl", "enter")}
 
     def recorded(name: str) -> Callable[..., Any]:
         def call(fd: int, request: int = k.KVM_RUN, *arg: Any) -> Any:
@@ -105,11 +107,11 @@ def recorded_requests() -> Iterator[list[int]]:
 
         return call
 
-    vars(vm_module).update((name, recorded(name)) for name in plain)
+    vars(vcpu_module).update((name, recorded(name)) for name in plain)
     try:
         yield seen
     finally:
-        vars(vm_module).update(plain)
+        vars(vcpu_module).update(plain)
 
 
 def names_of(requests: Iterable[int]) -> str:

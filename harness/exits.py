@@ -1,7 +1,7 @@
 """The reasons for which a machine stops: one small dataclass each.
 
 They carry what the architecture determines (port, size, address, data), not what a particular KVM adds.  Machines
-return them; ``harness/machine.py`` makes them from ``struct kvm_run``, the reference model from its own semantics.
+return them; ``harness/kvm_exit.py`` makes them from ``struct kvm_run``, the reference model from its own semantics.
 Source: Documentation/virt/kvm/api.rst, section 5, "The kvm_run structure".
 """
 

@@ -18,8 +18,8 @@ from harness import kvm_ioctl as k
 from harness.case import Action, Blob, Case, Memory, Observation, Run, Step, Window
 from harness.cpuid import FEATURES, CpuidEntry, CpuProfile, with_features
 from harness.exits import Debug, Exit, Halt, InternalError, Io, IrqWindow
+from harness.kvm_machine import KvmMachine
 from harness.lockstep import Difference
-from harness.machine import KvmMachine
 from harness.modes import CODE_BASE, HIGH, MODES, STUBS, setup
 from harness.state import stack_top, unpack_sections
 from harness.vm import Kvm

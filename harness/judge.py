@@ -11,8 +11,9 @@ from typing import Any, Final, Protocol
 from harness.case import Case
 from harness.host import VECTORS, Host, delivered_vector
 from harness.known import KnownDivergence
+from harness.kvm_machine import KvmMachine
 from harness.lockstep import Difference
-from harness.machine import KvmMachine, Machine
+from harness.machine import Machine
 from harness.runner import Finding, execute
 from harness.verdict import Verdict
 

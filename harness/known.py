@@ -17,7 +17,7 @@ from harness.case import PAGE, Case, Observation
 from harness.exits import Debug, Halt, Hypercall, Mmio, Shutdown, Timeout
 from harness.kernels import KernelRange, series_of
 from harness.lockstep import Difference, compare_registers
-from harness.machine import MemoryDiff
+from harness.memory_diff import MemoryDiff
 from harness.modes import STUBS
 from harness.state import FieldDiff, diff, pack_sections, stack_top, unpack_sections
 

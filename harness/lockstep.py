@@ -10,7 +10,8 @@ from typing import Final, NamedTuple
 
 from harness.case import Case, Observation
 from harness.exits import Exit, Io
-from harness.machine import ComparableMachine, Machine, MemoryDiff
+from harness.machine import ComparableMachine, Machine
+from harness.memory_diff import MemoryDiff
 from harness.state import FieldDiff, diff, pack_sections, unpack_sections
 from harness.words import counted
 

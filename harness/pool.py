@@ -16,7 +16,8 @@ from typing import Final
 from harness.case import PAGE, Memory, Pages, Slot, VmShape
 from harness.cpuid import CpuProfile
 from harness.state import SEGMENT_NAMES, CpuState, pack_sections
-from harness.vm import Kvm, Vcpu, Vm
+from harness.vcpu import Vcpu
+from harness.vm import Kvm, Vm
 
 _libc = ctypes.PyDLL(None)  # keeps the GIL: giving it away takes as long as comparing some KiB
 _memcmp: Callable[[int, int, int], int] = _libc.memcmp

@@ -22,11 +22,12 @@ from harness.host import Host
 from harness.journal import Journal, JournalError
 from harness.judge import Result, Runner
 from harness.known import load_known
-from harness.machine import KvmMachine
+from harness.kvm_machine import KvmMachine
 from harness.report.text import summary_lines
 from harness.report.views import CASES_FOLDER, kept_word
+from harness.vcpu import Vcpu
 from harness.verdict import BAD_INPUT, NO_KVM, Verdict
-from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError, Vcpu, Vm
+from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError, Vm
 
 CASE_LIMIT: Final = 1.0
 """Seconds that one KVM_RUN of the suite may take; its guests are a handful of instructions."""

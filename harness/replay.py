@@ -13,7 +13,8 @@ from harness.host import Host
 from harness.journal import OUT
 from harness.judge import Result, Runner
 from harness.known import KnownDivergence, load_known
-from harness.machine import KvmMachine, record
+from harness.kvm_machine import KvmMachine
+from harness.machine import record
 from harness.paths import all_cases
 from harness.reference.cpu import ModelError
 from harness.reference.machine import ReferenceMachine

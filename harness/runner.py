@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from harness.case import Case
 from harness.kvm_ioctl import KvmError
+from harness.kvm_machine import KvmMachine
 from harness.lockstep import Difference, lockstep
-from harness.machine import KvmMachine, Machine
+from harness.machine import Machine
 
 
 @dataclass(slots=True)  # not frozen: one is made for every Case, and a frozen one costs three times as much

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from harness.case import Case
+from harness.kvm_machine import KvmMachine
 from harness.lab.plan import PlanReader
 from harness.lab.splat import begins
 from harness.lab.trace import FunctionProfile
 from harness.lab.wire import CHANNEL, PLAN_DISK, finding_json, observation_json
-from harness.machine import KvmMachine, Recording
+from harness.machine import Recording
 from harness.runner import Finding, execute
 from harness.vm import Kvm, KvmUnusableError
 

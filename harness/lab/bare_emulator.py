@@ -33,7 +33,8 @@ from harness.cpuid import CpuidEntry, CpuProfile
 from harness.exits import Debug, Exit, Halt, Io, Mmio, Shutdown, Timeout
 from harness.lab.bare_mailbox import Access, EmulatorLike, Mailbox, Operation, Result
 from harness.lab.errors import LostError
-from harness.machine import MemoryDiff, byte_diff, case_sections
+from harness.machine import case_sections
+from harness.memory_diff import MemoryDiff, byte_diff
 from harness.state import CpuState, pack_sections, unpack_sections
 
 CPU: Final = "max,+svm"

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.lab.edits import Edit
+from harness.lab.lines import table
 from harness.lab.mutant_peers import PeerTrial
 from harness.lab.mutants import Fate, Trial, write_json
-from harness.lab.run import table
 from harness.words import counted
 
 LeftOut = Mapping[str, Mapping[str, Sequence[str]]]

@@ -33,7 +33,8 @@ from harness.lab.kbuild import BuildError, kernel_from_tree, kernel_key, workspa
 from harness.lab.kernel import Kernel
 from harness.lab.planner import cell_plan
 from harness.lab.profile import Profile, load_profile
-from harness.lab.run import CellOutcome, Options, probe_cell, run_cell
+from harness.lab.results import CellOutcome
+from harness.lab.run import Options, probe_cell, run_cell
 from harness.lab.session import Cell
 from harness.lab.sources import harness_digest
 from harness.selection import matcher

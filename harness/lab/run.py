@@ -2,76 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, TextIO
 
 from harness.case import Case
-from harness.journal import Journal, read_run
+from harness.journal import read_run
 from harness.judge import Result
-from harness.judge import outcome as ending
 from harness.known import load_known
 from harness.lab.bare_arbiter import Arbiter
 from harness.lab.bare_emulator import BareEmulator
 from harness.lab.cache import Progress
 from harness.lab.errors import LabError, LabInputError, LostError, NoKvmError
+from harness.lab.lines import StatusLine, table
+from harness.lab.plan import Plan
 from harness.lab.planner import cell_plan
-from harness.lab.profile import Profile, load_profile, refused_instruction, write_profile
+from harness.lab.profile import Profile, load_profile, write_profile
 from harness.lab.reproducer import reduce_reproducers
-from harness.lab.session import DEADLINE, Cell, CellRun, reader
-from harness.lockstep import Difference
+from harness.lab.results import EVEX_OPERANDS, CellOutcome, CellResults, regressed
+from harness.lab.session import DEADLINE, Cell, CellRun
 from harness.reference.machine import ReferenceMachine
-from harness.report.emit_c import EmitError, emit_c
-from harness.report.failure import failure_text
 from harness.report.junit import junit_report
 from harness.report.ktap import ktap_report
 from harness.report.text import summary_lines
-from harness.report.views import kept_word
 from harness.selection import matcher, nothing_matches
 from harness.verdict import Verdict, exit_status
-from harness.words import counted
-
-CASES_FOLDER: Final = "cases"
-EVEX_OPERANDS: Final = "apx_evex/"
-EGPR_OPERANDS: Final = ("apx/", EVEX_OPERANDS)
-"""Cases in which R16-R31 are operands: of what KVM emulates, too. What today's KVM does there stands in the profile."""
-_SHOWN: Final = 5  # failures told in full on the terminal; all are in the journal
-
-
-@dataclass
-class CellOutcome:
-    """What a cell came to. ``problem`` is why it did not end, "" when it did."""
-
-    cell: str
-    folder: Path
-    records: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    first_result: float = 0.0
-    rate: float = 0.0
-    problem: str = ""
-
-    @property
-    def status(self) -> int:
-        """The exit status of this cell alone."""
-        verdicts = [Verdict(r["verdict"]) for r in self.records]
-        return exit_status([*verdicts, Verdict.LOST] if self.problem else verdicts)
-
-    def row(self) -> list[str]:
-        """For the table of cells."""
-        count = Counter(r["verdict"] for r in self.records)
-        checks = sum(r["checks"] for r in self.records)
-        bad = sum(count[v.value] for v in Verdict if v.status == 1)
-        told = ", ".join(f"{count[v.value]} {v.value}" for v in Verdict if count[v.value] and v is not Verdict.AGREE)
-        ending = "lost" if self.problem else "bad" if bad else "good" if self.status == 0 else "nothing ran"
-        return [self.cell, ending, f"{len(self.records)}", f"{checks}", told or "-", f"{self.seconds:.1f} s"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +62,46 @@ class Options:
 def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, status: TextIO) -> CellOutcome:
     """Run one cell; results are in ``folder`` as they come. LabError and JournalError pass through."""
     outcome = CellOutcome(cell.name, folder)
-    began = time.monotonic()
+    profile = demanded(_profile(cell, folder, options, progress), cell)
+    plan = cell_plan(cell.configuration, profile, options.tier, progress)
+    chosen, skipped = _choice(plan, options)
+    line = StatusLine(cell.name, status)
+    say = line.say(progress)
+    results = CellResults(outcome, plan, _header(cell, plan, options, len(chosen) + len(skipped)), say)
+    arbiter = _Arbitration(cell)
+
+    def take(result: Result, allowed: int) -> None:
+        results.take(result, allowed)
+        line.update(run)
+
+    run = CellRun(
+        cell, plan, profile, folder, take, known=load_known(release=cell.kernel.release), machines=options.machines,
+        most_bad=1 if options.fail_fast else options.most_bad, deadline=options.deadline, arbiter=arbiter,
+        trace=options.trace, record=options.record, progress=say, tick=lambda: line.update(run), cold=options.cold,
+    )  # fmt: skip
+    try:
+        for result in skipped:
+            take(result, 0)
+        if chosen:
+            run.run(chosen)
+        _conclude(run, results, profile, options, say)
+    except NoKvmError as error:
+        results.take_whole(regressed("KVM", str(error)))
+        results.finish()
+    except LabError as error:
+        outcome.problem = str(error)
+        results.journal.append({"lost": str(error), "error": type(error).__name__})
+    finally:
+        line.clear()
+        arbiter.close()
+        results.journal.close()
+        outcome.seconds = time.monotonic() - outcome.began
+        outcome.first_result, outcome.rate = run.tally.first_result, run.tally.rate
+    return outcome
+
+
+def _profile(cell: Cell, folder: Path, options: Options, progress: Progress) -> Profile:
+    """What the cell's KVM is expected to do: as given, as checked in, or else as it says when it is asked."""
     if not cell.emulated:
         if options.write_profile:
             raise LabInputError("--write-profile: profiles that are checked in are of the lab's own emulated processor")
@@ -119,99 +116,57 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
         if options.write_profile:
             path = write_profile(cell.configuration.name, cell.kernel.series, profile)
             progress(f"{cell.name}: profile written to {path}")
-    profile = demanded(profile, cell)
-    plan = cell_plan(cell.configuration, profile, options.tier, progress)
+    return profile
+
+
+def _choice(plan: Plan, options: Options) -> tuple[list[int], list[Result]]:
+    """Indices of the Cases to run, and results of those that the profile rules out. LabInputError for none of both."""
     selects = _selection(options)
     chosen = [n for n, name in enumerate(plan.names) if selects(name)]
-    skipped = [s for s in plan.skipped if selects(s[0])]
+    skipped = [Result(n, id_, Verdict.UNSUPPORTED, 0, reason) for n, id_, reason in plan.skipped if selects(n)]
     if not chosen and not skipped:
         names = (*plan.names, *(name for name, *_ in plan.skipped))
         raise LabInputError(nothing_matches(options.select, names, "kvm-harness lab run --list"))
-    header = {
+    return chosen, skipped
+
+
+def _header(cell: Cell, plan: Plan, options: Options, count: int) -> dict[str, Any]:
+    """The journal's first line, of a run of ``count`` Cases."""
+    return {
         "host": f"Linux {cell.kernel.release} in {cell.emulator.name} ({cell.accel})", "device": "lab",
         "cell": cell.name, "configuration": cell.configuration.name, "kernel": cell.kernel.label,
-        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key, "chosen": len(chosen) + len(skipped),
-        **options.header,
+        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key, "chosen": count, **options.header,
     }  # fmt: skip
-    journal = Journal(folder, header)
-    line = StatusLine(cell.name, status)
-    shown = 0
-    refused: set[str] = set()
-    endings: dict[str, str] = {}
-    failed: list[tuple[Case, Difference, Path]] = []
 
-    def take(result: Result, allowed: int) -> None:
-        nonlocal shown
-        if not result.id:  # the kernel as a whole, and no Case
-            take_whole(outcome, journal, line.say(progress), result)
-            return
-        record = {**result.to_json(), **({"allowed": allowed} if allowed else {})}
-        outcome.records.append(record)
-        journal.append(record)
-        if result.verdict.status == 1:
-            case, _ = plan.planned(plan.names.index(result.name))
-            if result.difference is not None and case.name.startswith(EGPR_OPERANDS):
-                endings[case.name] = ending(result.difference)
-            elif result.difference is not None:
-                refused.add(refused_instruction(case, result.difference, reader(case, result.difference)))
-            kept = folder / CASES_FOLDER / f"{case.id}.json"
-            kept.parent.mkdir(exist_ok=True)
-            kept.write_text(json.dumps(case.to_json()))
-            if shown < _SHOWN and result.difference is not None:
-                with suppress(EmitError):
-                    kept.with_suffix(".c").write_text(emit_c(case, result.difference, header["host"], kept_word(kept)))
-                    failed.append((case, result.difference, kept.with_suffix(".c")))
-            if (shown := shown + 1) <= _SHOWN:
-                line.clear()
-                text = result.summary
-                if result.difference is not None:
-                    text = failure_text(case, result.difference, header["host"], kept_word(kept))
-                progress(f"{result.verdict.value}: {result.name}\n{text}\n  case file: {kept}")
-        line.update(run)
 
-    arbiter = _Arbitration(cell)
-    run = CellRun(
-        cell, plan, profile, folder, take, known=load_known(release=cell.kernel.release), machines=options.machines,
-        most_bad=1 if options.fail_fast else options.most_bad, deadline=options.deadline, arbiter=arbiter,
-        trace=options.trace, record=options.record, progress=line.say(progress), tick=lambda: line.update(run),
-        cold=options.cold,
-    )  # fmt: skip
-    try:
-        for name, id_, reason in skipped:
-            take(Result(name, id_, Verdict.UNSUPPORTED, 0, reason), 0)
-        if chosen:
-            run.run(chosen)
-        for result in profile_results(profile, run):
-            take_whole(outcome, journal, progress, result)
-        if run.probed is not None:
-            journal.append({"probed": run.probed.to_json()})
-        for index, steps in run.recorded.items():
-            journal.append({"recorded": plan.names[index], "steps": steps})
-        if failed and options.reduce:
-            reduce_reproducers(cell, profile, failed, header["host"], folder, line.say(progress))
-        if options.trace:
-            journal.append({"executed": run.executed, "machines": run.tally.boots})
-        if options.write_profile and (refused - {""} or endings):
-            profile = replace(profile, lacks=profile.lacks | refused - {""}, outcomes=endings)
-            path = write_profile(cell.configuration.name, cell.kernel.series, profile)
-            progress(f"{cell.name}: instructions that its emulator lacks added to {path}: {', '.join(sorted(refused))}")
-            progress(f"{cell.name}: outcomes recorded in {path}: {len(endings)}")
-        if not run.tally.total or run.tally.done >= run.tally.total or run.enough:
-            ended = {"finished": True, "enough": run.enough, "seconds": round(time.monotonic() - began, 1)}
-            journal.append(ended)
-    except NoKvmError as error:
-        take_whole(outcome, journal, progress, regressed("KVM", str(error)))
-        journal.append({"finished": True, "seconds": round(time.monotonic() - began, 1)})
-    except LabError as error:
-        outcome.problem = str(error)
-        journal.append({"lost": str(error), "error": type(error).__name__})
-    finally:
-        line.clear()
-        arbiter.close()
-        journal.close()
-        outcome.seconds = time.monotonic() - began
-        outcome.first_result, outcome.rate = run.tally.first_result, run.tally.rate
-    return outcome
+def _conclude(run: CellRun, results: CellResults, profile: Profile, options: Options, say: Progress) -> None:
+    """All Cases ran: what that says of the kernel as a whole, and what else the journal is to have."""
+    cell, journal, tally = run.cell, results.journal, run.tally
+    assert run.plan is not None
+    for result in profile_results(profile, run):
+        results.take_whole(result)
+    if run.probed is not None:
+        journal.append({"probed": run.probed.to_json()})
+    for index, steps in run.recorded.items():
+        journal.append({"recorded": run.plan.names[index], "steps": steps})
+    if results.failed and options.reduce:
+        reduce_reproducers(cell, profile, results.failed, results.host, results.outcome.folder, say)
+    if options.trace:
+        journal.append({"executed": run.executed, "machines": tally.boots})
+    if options.write_profile:
+        _add_to_profile(cell, profile, results, say)
+    if not tally.total or tally.done >= tally.total or run.enough:
+        results.finish(enough=run.enough)
+
+
+def _add_to_profile(cell: Cell, profile: Profile, results: CellResults, say: Progress) -> None:
+    """Into the profile just written: what only running the Cases shows."""
+    refused, endings = results.refused - {""}, results.endings
+    if refused or endings:
+        profile = replace(profile, lacks=profile.lacks | refused, outcomes=endings)
+        path = write_profile(cell.configuration.name, cell.kernel.series, profile)
+        say(f"{cell.name}: instructions that its emulator lacks added to {path}: {', '.join(sorted(refused))}")
+        say(f"{cell.name}: outcomes recorded in {path}: {len(endings)}")
 
 
 def demanded(profile: Profile, cell: Cell) -> Profile:
@@ -278,68 +233,6 @@ def profile_results(profile: Profile, run: CellRun) -> Iterator[Result]:
         yield regressed(text.partition(":")[0], f"gone: {text}")
     for text in now.contradictions():
         yield Result(f"cpuid/{text.partition(':')[0].replace(' ', '-')}", "", Verdict.MISMATCH, 1, text)
-
-
-def take_whole(outcome: CellOutcome, journal: Journal, progress: Progress, result: Result) -> None:
-    """What was found of the kernel as a whole, as a record like any Case's."""
-    record = dict(result.to_json())
-    outcome.records.append(record)
-    journal.append(record)
-    progress(f"{result.verdict.value}: {result.summary}")
-
-
-def regressed(what: str, summary: str) -> Result:
-    """Something that the checked-in profile has is gone."""
-    return Result(f"profile/{what.replace(' ', '-')}", "", Verdict.REGRESSED, 1, summary)
-
-
-class StatusLine:
-    """One line that says how far a cell is: kept up to date on a terminal, now and then elsewhere."""
-
-    def __init__(self, cell: str, stream: TextIO = sys.stderr) -> None:
-        self._cell, self._stream = cell, stream
-        self._tty = stream.isatty()
-        self._last = time.monotonic()
-        self._shown = False
-
-    def update(self, run: CellRun) -> None:
-        """Called at every result, and several times a second."""
-        now = time.monotonic()
-        if now - self._last < (0.2 if self._tty else 10.0):
-            return
-        self._last = now
-        tally = run.tally
-        if tally.done:
-            text = f"{tally.done}/{counted(tally.total, 'case')}, {tally.rate:,.0f} checks/s, {tally.bad} bad"
-        else:
-            text = f"booting {tally.boots} of {counted(run.machines, 'machine')}"
-        text = f"{self._cell}: {text}, {now - tally.began:.0f} s"
-        room = shutil.get_terminal_size().columns - 1  # a full line would wrap, and leave the rest behind
-        self._stream.write(f"\r\x1b[K{text[:room]}" if self._tty else f"{text}\n")
-        self._stream.flush()
-        self._shown = self._tty
-
-    def clear(self) -> None:
-        """Make room for something else."""
-        if self._shown:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-            self._shown = False
-
-    def say(self, progress: Progress) -> Progress:
-        """``progress`` on a line of its own."""
-
-        def said(text: str) -> None:
-            self.clear()
-            progress(text)
-
-        return said
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns."""
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def cells_table(outcomes: Sequence[CellOutcome]) -> list[str]:

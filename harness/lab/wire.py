@@ -23,7 +23,7 @@ from typing import Any, Final
 from harness.case import Observation
 from harness.exits import exit_from_json
 from harness.lockstep import Difference, compare_registers
-from harness.machine import MemoryDiff
+from harness.memory_diff import MemoryDiff
 from harness.runner import Finding
 
 CHANNEL: Final = "kvm-harness.results"

@@ -318,7 +318,7 @@ def _actions(case: Case, actions: tuple[Action, ...]) -> str:
 
 
 def _set_state(n: int, action: SetState, case: Case) -> str:
-    """``set_state_N``: the registers of the sections that ``via`` moves, as harness/machine.py does it."""
+    """``set_state_N``: the registers of the sections that ``via`` moves, as harness/kvm_machine.py does it."""
     sync = action.via == "sync"
     moved = {"regs"} if action.via == "regs" else {"regs", "sregs", "events"} if sync else {*_GROUPS, ""} - {"regs"}
     values = [(name, value, *_place(name)) for name, value in action.values]

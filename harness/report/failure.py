@@ -9,7 +9,7 @@ from typing import Final
 from harness.case import Case
 from harness.exits import InternalError
 from harness.lockstep import Difference, exit_text
-from harness.machine import MemoryDiff
+from harness.memory_diff import MemoryDiff
 from harness.report.listing import (
     Insn,
     disassemble,

@@ -13,7 +13,8 @@ from harness.case import Action, Case, Observation, Pages
 from harness.lab.session import Cell
 from harness.lab.wire import observation_from_json
 from harness.lockstep import Difference, lockstep
-from harness.machine import MemoryDiff, Recording, byte_diff
+from harness.machine import Recording
+from harness.memory_diff import MemoryDiff, byte_diff
 from harness.report.emit_c import EmitError, emit_c
 from harness.report.failure import failure_text
 from harness.report.views import CASES_FOLDER, kept_word

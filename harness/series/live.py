@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, TextIO
 
-from harness.lab.run import table
+from harness.lab.lines import table
 from harness.series import brief
 from harness.series.git import Commit
 from harness.series.verdict import PatchReport
@@ -18,7 +18,7 @@ from harness.words import counted, span
 _REPAINT: Final = 0.2  # seconds
 _TELL: Final = 20.0  # seconds between two lines of progress where there is no terminal
 _LEAST: Final = 16  # characters of a subject in a table
-_GAP: Final = "  "  # between two columns of harness.lab.run.table()
+_GAP: Final = "  "  # between two columns of harness.lab.lines.table()
 _UP: Final = "\x1b[{}A\x1b[J"
 
 

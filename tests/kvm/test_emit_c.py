@@ -23,8 +23,9 @@ from harness.case import (
 )
 from harness.cpuid import CpuidEntry, CpuProfile
 from harness.exits import Halt, Shutdown
+from harness.kvm_machine import KvmMachine
 from harness.lockstep import Difference, compare_registers, lockstep
-from harness.machine import KvmMachine, Recording, record
+from harness.machine import Recording, record
 from harness.modes import CODE_BASE, DATA_BASE, setup
 from harness.reference.machine import ReferenceMachine
 from harness.report.emit_c import EmitError, emit_c

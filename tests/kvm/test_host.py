@@ -7,8 +7,8 @@ import pytest
 from harness.case import Observation
 from harness.exits import Halt, InternalError
 from harness.host import Host
+from harness.kvm_machine import KvmMachine
 from harness.lockstep import Difference
-from harness.machine import KvmMachine
 from harness.modes import MODES
 from harness.paths import all_cases
 from harness.state import FieldDiff

@@ -40,12 +40,15 @@ from harness.exits import (
     Timeout,
     Unknown,
 )
+from harness.kvm_exit import read_exit
+from harness.kvm_machine import KvmMachine
 from harness.lockstep import lockstep
-from harness.machine import KvmMachine, Recording, record
+from harness.machine import Recording, record
 from harness.reference.machine import ReferenceMachine
 from harness.runner import execute
 from harness.state import CpuState, pack_sections, unpack_sections
-from harness.vm import API_VERSION, Kvm, KvmUnusableError, RunTimeoutError, Vcpu, Vm
+from harness.vcpu import RunTimeoutError, Vcpu
+from harness.vm import API_VERSION, Kvm, KvmUnusableError, Vm
 
 START = CpuState(rip=0x1000).with_({"rsp": 0x1800, "rbx": 0x2000})
 
@@ -173,12 +176,12 @@ def test_exit_reasons_without_a_guest_to_make_them(machine, host):
     machine.load(real_mode(host, "f4"))
     page = machine.vcpu.run_page
     page.fail_entry.hardware_entry_failure_reason = 0x80000021
-    assert machine._exit(k.KVM_EXIT_FAIL_ENTRY) == FailEntry(0x80000021)
-    assert machine._exit(9999) == Unknown(9999)
+    assert read_exit(machine.vcpu, k.KVM_EXIT_FAIL_ENTRY) == FailEntry(0x80000021)
+    assert read_exit(machine.vcpu, 9999) == Unknown(9999)
     page.emulation_failure.suberror, page.emulation_failure.ndata = 1, 4
     page.emulation_failure.flags, page.emulation_failure.insn_size = 1, 2
     page.emulation_failure.insn_bytes[0], page.emulation_failure.insn_bytes[1] = 0x0F, 0x77
-    assert machine._exit(k.KVM_EXIT_INTERNAL_ERROR) == InternalError(1, b"\x0f\x77")
+    assert read_exit(machine.vcpu, k.KVM_EXIT_INTERNAL_ERROR) == InternalError(1, b"\x0f\x77")
 
 
 def test_single_step(machine, host):
@@ -281,7 +284,7 @@ def test_msrs_arrive_in_their_order_and_the_refused_one_is_named(vcpu):
 @pytest.mark.parametrize("enter", [k.enter_by_fcntl, k.enter_by_libc])
 def test_both_ways_into_kvm_run_say_the_same(monkeypatch, machine, host, enter):
     """Which of them is used depends on Python's version."""
-    monkeypatch.setattr("harness.vm.enter", enter)
+    monkeypatch.setattr("harness.vcpu.enter", enter)
     io, halt = run(machine, real_mode(host, "e610 f4"))
     assert (io.exit.kind, halt.exit) == ("io", Halt())
     assert run(machine, real_mode(host, "ebfe"))[0].exit == Timeout(0.4)

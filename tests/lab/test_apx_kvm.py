@@ -18,7 +18,8 @@ from harness.lab.hardware import pinned_qemu
 from harness.lab.image import base_image
 from harness.lab.kbuild import kernel_from_tree
 from harness.lab.ksource import debian_source
-from harness.lab.run import CellOutcome, Options, run_cell
+from harness.lab.results import CellOutcome
+from harness.lab.run import Options, run_cell
 from harness.lab.session import Cell
 from harness.verdict import Verdict
 

@@ -19,7 +19,7 @@ from harness.lab.configurations import configuration
 from harness.lab.hardware import Emulator
 from harness.lab.image import Image
 from harness.lab.profile import load_profile
-from harness.lab.run import regressed
+from harness.lab.results import regressed
 from harness.series.builds import Flavour
 from harness.series.cells import finished
 from harness.series.git import Repository

@@ -17,7 +17,7 @@ from harness.lab.bare_emulator import BareEmulator, _exits
 from harness.lab.bare_mailbox import Access, Mailbox, Operation, Result
 from harness.lab.errors import LabError
 from harness.lockstep import Difference
-from harness.machine import MemoryDiff
+from harness.memory_diff import MemoryDiff
 from harness.paths import _MORE, FAMILIES
 from harness.state import SIZEOF, CpuState, FieldDiff, pack_sections
 

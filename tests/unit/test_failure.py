@@ -10,7 +10,7 @@ from harness.case import Blob, Case, Memory, Observation, Run
 from harness.cpuid import CpuProfile
 from harness.exits import Halt, InternalError, Io, Shutdown
 from harness.lockstep import Difference, compare_registers, exit_text
-from harness.machine import MemoryDiff
+from harness.memory_diff import MemoryDiff
 from harness.modes import CODE_BASE, assembler_constants, setup
 from harness.report.agreement import agreement_text
 from harness.report.c_data import byte_runs, find_fills

@@ -12,7 +12,7 @@ from harness.judge import Judge
 from harness.kernels import KernelRange
 from harness.known import FILE, KnownDivergence, KnownError, load_known
 from harness.lockstep import Difference, compare_registers
-from harness.machine import MemoryDiff
+from harness.memory_diff import MemoryDiff
 from harness.modes import CODE_BASE, DATA_BASE, STUBS, setup
 from harness.runner import Finding
 from harness.state import pack_sections, unpack_sections

@@ -20,7 +20,8 @@ from harness.lab.profile import load_profile
 from harness.lab.sources import ROOT, closure
 from harness.lab.wire import finding_from_json, finding_json
 from harness.lockstep import Difference, compare_registers, lockstep
-from harness.machine import MemoryDiff, Recording, record
+from harness.machine import Recording, record
+from harness.memory_diff import MemoryDiff
 from harness.modes import CODE_BASE, setup
 from harness.reference.machine import ReferenceMachine
 from harness.runner import Finding
@@ -146,7 +147,7 @@ def test_the_key_is_of_what_decides_what_a_case_is(hashed, name):
 
 def test_the_runner_goes_without_model_and_paths_and_with_all_else():
     found = closure("harness.lab.agent", ("harness.reference", "harness.paths"))
-    assert {"harness", "harness.lab", "harness.lab.agent", "harness.lockstep", "harness.vm"} <= found
+    assert {"harness", "harness.lab", "harness.lab.agent", "harness.lockstep", "harness.vcpu"} <= found
     assert not any(name.startswith(("harness.reference", "harness.paths")) for name in found)
 
 

@@ -38,7 +38,7 @@ def test_model_never_sees_kvm(path):
     assert {n for n in imports(path) if not n.startswith("harness.reference")} <= allowed
 
 
-@pytest.mark.parametrize("name", ["runner", "lockstep", "machine", "host"])
+@pytest.mark.parametrize("name", ["runner", "lockstep", "machine", "kvm_machine", "host"])
 def test_thin_runner_needs_no_model_and_no_pytest(name):
     text = (ROOT / f"{name}.py").read_text()
     assert not any(n.startswith("harness.reference") for n in imports(ROOT / f"{name}.py"))

@@ -29,7 +29,7 @@ from harness.lab.mutant_text import peers_table, trials_table, write_results
 from harness.lab.mutants import Bench, Campaign, Control, Fate, Trial, _first_bad, exit_status
 from harness.lab.peers import PeerResult, PeerTest
 from harness.lab.profile import load_profile
-from harness.lab.run import CellOutcome
+from harness.lab.results import CellOutcome
 from harness.lab.session import Cell
 from harness.paths import all_cases, forced_cases
 from harness.selection import matcher
@@ -259,7 +259,7 @@ def test_results_are_of_one_image_and_one_accelerator(cells, tmp_path, cell):
 
 @pytest.mark.parametrize("name", [
     "known_divergences.toml", "harness/judge.py", "harness/known.py", "harness/host.py", "harness/lockstep.py",
-    "harness/vm.py", "harness/pool.py", "harness/lab/agent.py", "ci/qemu/profiles/svm@7.3.json",
+    "harness/vcpu.py", "harness/pool.py", "harness/lab/agent.py", "ci/qemu/profiles/svm@7.3.json",
 ])  # fmt: skip
 def test_results_are_of_all_that_judges(cells, tmp_path, monkeypatch, name):
     before = known_of(Toy(tmp_path, toy_cell()))

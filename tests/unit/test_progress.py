@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.lab.run import StatusLine
+from harness.lab.lines import StatusLine
 from harness.report.progress import Progress
 from harness.verdict import Verdict
 
@@ -129,7 +129,7 @@ def test_the_line_of_a_cell_does_not_wrap(monkeypatch):
     """The names of Debian's kernels are long."""
     monkeypatch.setenv("COLUMNS", "80")
     moments = iter((0.0, 100.0))
-    monkeypatch.setattr("harness.lab.run.time.monotonic", lambda: next(moments))
+    monkeypatch.setattr("harness.lab.lines.time.monotonic", lambda: next(moments))
     tally = SimpleNamespace(done=12345, total=33862, rate=1234.0, bad=0, began=0.0)
     out = Terminal()
     StatusLine("svm-shadow × 7.3.4+deb13-cloud-amd64", out).update(SimpleNamespace(tally=tally, machines=2))

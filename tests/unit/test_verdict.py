@@ -7,7 +7,7 @@ from harness.cpuid import CpuProfile
 from harness.exits import Halt
 from harness.known import KnownError, load_known
 from harness.lockstep import Difference
-from harness.machine import MemoryDiff
+from harness.memory_diff import MemoryDiff
 from harness.state import CpuState, FieldDiff
 from harness.verdict import Verdict, exit_status, worst
 
