@@ -11,6 +11,7 @@ from harness.report.views import (
     Record,
     checks,
     counts_text,
+    reason,
     reasons,
     replay_command,
     title_lines,
@@ -39,6 +40,7 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
 def text_report(run: RunResults) -> str:
     """The whole view: each Case that neither agrees nor is a limit of the host, with the command that shows it.
 
+    Of those that one row of the known divergences explains, the first stands for all.
     Of a run that did not come to its end, that is said before anything it came to.
     """
     lines = [*title_lines(run), *run.incomplete_because(), *_cases(run), *summary_lines(run.records)]
@@ -46,8 +48,17 @@ def text_report(run: RunResults) -> str:
 
 
 def _cases(run: RunResults) -> Iterator[str]:
+    known = dict(reasons(run.records, Verdict.KNOWN))
     for record in with_verdict(run.records, *BAD) + with_verdict(run.records, *NOTED):
+        verdict = verdict_of(record)
+        more = 0
+        if verdict is Verdict.KNOWN:
+            more = known.pop(reason(record), 0) - 1
+            if more < 0:  # its row has had its line
+                continue
         cell = f" [{run.cell(record)}]" if len(run.cells) > 1 else ""
         yield f"{record['verdict']:10s} {record['id']} {record['case']}{cell}: {record['summary']}"
-        if verdict_of(record) in BAD:
+        if verdict in BAD:
             yield f"{'':10s} {replay_command(run, record)}"
+        if more:
+            yield f"{'':10s} and {more} more of this row"

@@ -46,12 +46,15 @@ def with_verdict(records: Iterable[Record], *verdicts: Verdict) -> list[Record]:
     return sorted((r for r in records if verdict_of(r) in verdicts), key=lambda r: order[verdict_of(r)])
 
 
+def reason(record: Record) -> str:
+    """What a record has in common with its like: of a known divergence that is its row's name."""
+    summary = str(record["summary"])
+    return summary.split(":")[0] if verdict_of(record) is Verdict.KNOWN else _LACKS.sub(r"\1", summary)
+
+
 def reasons(records: Iterable[Record], verdict: Verdict) -> list[tuple[str, int]]:
-    """(what is said, how often) for one verdict, most frequent first. Of a known divergence that is its name."""
-    summaries = (r["summary"] for r in records if verdict_of(r) is verdict)
-    if verdict is Verdict.KNOWN:
-        return Counter(s.split(":")[0] for s in summaries).most_common()
-    return Counter(_LACKS.sub(r"\1", s) for s in summaries).most_common()
+    """(what is said, how often) for one verdict, most frequent first."""
+    return Counter(reason(r) for r in records if verdict_of(r) is verdict).most_common()
 
 
 def family_and_mode(name: str) -> tuple[str, str]:

@@ -48,3 +48,12 @@ def test_an_id_is_found_below_out_and_elsewhere_its_file_is_asked_for(lab_case, 
     assert f"below {tmp_path}/elsewhere/out" in text
     assert "give its file, cases/ID.json in the run's --out folder" in text
     assert "run --list" in text
+
+
+def test_a_name_is_found_with_its_number_without_and_as_ktap_writes_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    case = next(c for c in all_cases(HERE.profile, families=["gpr"]) if c.name.endswith("#0"))
+    for word in (case.name, case.name.removesuffix("#0"), case.name.replace("#", ".")):
+        assert find_case(word, HERE).case == case
+    with pytest.raises(CaseError, match="no Case with id or name 'gpr/nosuch'"):
+        find_case("gpr/nosuch", HERE)

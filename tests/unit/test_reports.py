@@ -81,6 +81,15 @@ def test_text_names_the_worst_first_and_how_to_replay_it(whole):
     assert lines[2].strip() == f"kvm-harness replay {RECORDS[6]['id']}"
 
 
+def test_text_shows_the_first_case_of_a_known_divergence_and_how_many_more_there_are():
+    aam = [record(f"alu/aam@real#{n}", "known", f"aam-flags: rflags: expected 0x2, got {n:#x}") for n in range(3)]
+    other = record("step/out@real#0", "known", "late-step: exit: expected a, got b")
+    lines = text_report(run_of(aam[0], other, *aam[1:])).splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("known ")] == ["alu/aam@real#0:", "step/out@real#0:"]
+    assert [line.strip() for line in lines if "more of" in line] == ["and 2 more of this row"]
+    assert lines.index("           and 2 more of this row") == lines.index(next(x for x in lines if "alu/aam" in x)) + 1
+
+
 def test_replay_names_the_file_that_the_run_kept(tmp_path):
     kept = tmp_path / "cases" / f"{RECORDS[2]['id']}.json"
     kept.parent.mkdir()
