@@ -178,20 +178,26 @@ class ReferenceMachine:
         while len(out) < limit:
             if cpu.rflags & IF and not cpu.shadow:
                 return [*out, self._observe(IrqWindow(), {})]
-            cpu.pending_exits.clear()
-            try:
-                self._deliver()
-                string = execute.step(cpu)
-            except events.TripleFault:
-                self._shutdown()
-            else:
-                if cpu.pending_exits:
-                    self._queue(string)
-            out.extend(self._shown)
-            self._shown.clear()
+            self._instruction(out)
             if out and out[-1].exit.terminal:
                 break
         return out
+
+    def _instruction(self, out: list[Observation]) -> bool:
+        """What is to be delivered, and one instruction; its exits go to ``out``. See step() for the answer."""
+        cpu, string = self._cpu(), False
+        cpu.pending_exits.clear()
+        try:
+            self._deliver()
+            string = execute.step(cpu)
+        except events.TripleFault:
+            self._shutdown()
+        else:
+            if cpu.pending_exits:
+                self._queue(string)
+        out.extend(self._shown)
+        self._shown.clear()
+        return string
 
     def _run_pending(self) -> list[Observation]:
         """One exit, with its operation still pending: no state is defined yet."""
@@ -312,17 +318,7 @@ class ReferenceMachine:
         for _ in range(count):
             if self._dead:
                 break
-            cpu.pending_exits.clear()
-            try:
-                self._deliver()
-                string = execute.step(cpu)
-            except events.TripleFault:
-                self._shutdown()
-            else:
-                if cpu.pending_exits:
-                    self._queue(string)
-            out.extend(self._shown)
-            self._shown.clear()
+            string = self._instruction(out)
             if out and out[-1].exit.terminal:
                 break
             seen = self._observe(Debug(1, cpu.linear_rip(), DR6_STEP), {})
