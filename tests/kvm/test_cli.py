@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -208,8 +209,13 @@ def test_interrupted_run_is_one_line_and_keeps_its_results(tmp_path, workers):
     assert run.incomplete_because()[0].endswith(f"{len(records)} of {run.chosen} cases ran")
 
 
-@pytest.mark.parametrize("milliseconds", [60, 150, 400, 1000])
-@pytest.mark.parametrize("words", [("run",), ("run", "-n", "2"), ("replay", "alu/add_rr_b@long#0")])
+@pytest.mark.parametrize(
+    ("words", "milliseconds"),
+    [
+        *product((("run",), ("run", "-n", "2")), (60, 150, 400, 1000)),
+        *product((("replay", "0" * 12),), (60, 150, 400)),  # an id of none: it looks through all Cases, for seconds
+    ],
+)
 def test_an_interrupt_at_the_start_is_one_line(tmp_path, words, milliseconds):
     more = ("--out", tmp_path / "o") if words[0] == "run" else ()
     script = ROOT / "bin" / "kvm-harness"
