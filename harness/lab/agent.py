@@ -30,6 +30,8 @@ from harness.vm import Kvm, KvmUnusableError
 CASE_LIMIT: Final = 5.0
 """Seconds that one KVM_RUN may take here: emulated, the longest guest takes a fraction of one."""
 FLUSH: Final = 0.2
+EXECUTED: Final = 1.0
+"""Seconds between two answers on what was executed, while Cases fail."""
 _DEBUGFS: Final = Path("/sys/kernel/debug")
 
 
@@ -94,6 +96,7 @@ class Agent:
         self._record = False
         self._later: list[str] = []
         self._said = 0.0
+        self._traced = -EXECUTED  # when it was last told what was executed
 
     def say(self, text: str) -> None:
         """One line to the outside, now, after all that was said later."""
@@ -122,8 +125,7 @@ class Agent:
             for line in self._lines:
                 order = json.loads(line)
                 if order.get("end"):
-                    if self._trace is not None:
-                        self.say(f"executed {json.dumps(self._trace.result())}")
+                    self._tell_executed(whole=True)
                     break
                 if "trace" in order:
                     self._trace = FunctionProfile()
@@ -152,12 +154,20 @@ class Agent:
                 say(f"+ {index} {finding.checks} {finding.allowed} {finding.seconds:.6f}")
             else:
                 self.say(f"- {index} {json.dumps(finding_json(_with_memory(finding, machine)))}")
+                if time.monotonic() - self._traced > EXECUTED:  # after enough of these it is not asked any more
+                    self._tell_executed(whole=False)
             if self._record:
                 self.say(f"= {index} {json.dumps(_recorded(case, machine))}")
                 if not finding.clean:
                     machine.distrust()  # as after the run that was judged
             self._tell(str(index))
         self.say(f"done {number}")
+
+    def _tell_executed(self, *, whole: bool) -> None:
+        """Which functions were called so far, if that is asked; ``whole``: this machine runs no more Cases."""
+        if self._trace is not None:
+            self.say(f"executed {json.dumps({**self._trace.result(), 'whole': whole})}")
+            self._traced = time.monotonic()
 
     def _tell(self, index: str) -> None:
         """Pass on what the kernel log has to say; ``index``: of the Case that has run, or ``-``."""

@@ -91,7 +91,7 @@ class Conversation:
                     self._probing = self.asked  # it comes after the first job
                     self._order(boot)
                 case "executed":
-                    run.executed.append(json.loads(rest))
+                    run.executed[self.folder.name] = json.loads(rest)
                 case "no-kvm":
                     raise self._no_kvm(rest)
                 case "fault":

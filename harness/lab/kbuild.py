@@ -53,6 +53,7 @@ _REPRODUCIBLE: Final = {
     "KBUILD_BUILD_USER": "kvm-harness",
     "KBUILD_BUILD_HOST": "lab",
     "KBUILD_BUILD_VERSION": "1",
+    "LANG": "C",  # the compiler's quotes as well: the kernel's Makefile takes LC_ALL away
     "LC_ALL": "C",
 }
 _RECIPE: Final = "2"  # part of every kernel's key: raise it when this module builds differently
@@ -435,7 +436,7 @@ def _check_tools() -> None:
 
 def _environment() -> dict[str, str]:
     """The user's environment without what would change the build behind our back."""
-    ours = ("KBUILD_", "KCONFIG_", "KCFLAGS", "KCPPFLAGS", "MAKE", "MFLAGS")
+    ours = ("KBUILD_", "KCONFIG_", "KCFLAGS", "KCPPFLAGS", "MAKE", "MFLAGS", "LC_", "LANGUAGE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     for name in ("ARCH", "CROSS_COMPILE", "LLVM", "CC", "O", "V", "W", "LOCALVERSION", "GNUMAKEFLAGS"):
         kept.pop(name, None)

@@ -152,7 +152,7 @@ def _conclude(run: CellRun, results: CellResults, profile: Profile, options: Opt
     if results.failed and options.reduce:
         reduce_reproducers(cell, profile, results.failed, results.host, results.outcome.folder, say)
     if options.trace:
-        journal.append({"executed": run.executed, "machines": tally.boots})
+        journal.append({"executed": list(run.executed.values()), "machines": tally.boots})
     if options.write_profile:
         _add_to_profile(cell, profile, results, say)
     if not tally.total or tally.done >= tally.total or run.enough:

@@ -121,7 +121,7 @@ class CellRun:
         self._arbiter, self._deadline, self._tick = arbiter, deadline, tick
         self.trace, self.record = trace, record
         self.recorded: dict[int, Any] = {}  # by index, if ``record``: all Observations of a Case, as JSON
-        self.executed: list[Mapping[str, Any]] = []  # of each machine that came to its end, if there is a ``trace``
+        self.executed: dict[str, Mapping[str, Any]] = {}  # by machine, the last it said, with a ``trace``
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
         self._retried: set[int] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import sys
 import tempfile
@@ -13,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from harness.lab.boot import Boot
+from harness.lab.boot import CONSOLE_LOG, Boot, How
 from harness.lab.bootspec import CONSOLE
-from harness.lab.errors import LabInputError
+from harness.lab.errors import LabInputError, LostError
 from harness.lab.payload import runner_payload
 from harness.lab.session import Cell
 
@@ -23,8 +24,10 @@ _LEAVE: Final = b"\x1d"  # Ctrl-]
 _START: Final = b"""#!/bin/sh
 export PYTHONPATH=/payload TERM=linux HOME=/tmp
 echo "kvm-harness: /dev/kvm is $(ls -l /dev/kvm 2>&1); python3 finds the harness; exit or Ctrl-] ends the machine"
-exec setsid -c sh -i
+busybox setsid -c sh -i
+[ $? -eq 127 ] || exit 0  # what the shell ended with is its user's
 """
+_FAILED: Final = re.compile(rb"^kvm-harness-init: (no payload.*?|payload ended with status [1-9]\d*)\r?$", re.MULTILINE)
 
 
 def check_terminal() -> None:
@@ -34,7 +37,10 @@ def check_terminal() -> None:
 
 
 def interactive(cell: Cell) -> int:
-    """Boot ``cell`` and connect this terminal with its console, until the shell ends or Ctrl-] is typed."""
+    """Boot ``cell`` and connect this terminal with its console, until the shell ends or Ctrl-] is typed.
+
+    0; LostError when there was no shell, or the machine ended otherwise.
+    """
     disks = [runner_payload(start=_START)]
     with (
         tempfile.TemporaryDirectory(prefix="kvm-harness-") as folder,
@@ -49,6 +55,11 @@ def interactive(cell: Cell) -> int:
                 if not typed or _LEAVE in typed:
                     break
                 boot.send(CONSOLE, typed)
+        console = (Path(folder) / CONSOLE_LOG).read_bytes()
+        if failed := _FAILED.search(console):
+            raise LostError(f"{cell.name}: no shell: {failed[1].decode()}")
+        if boot.ending is not None and boot.ending.how is not How.POWERED_OFF:
+            raise LostError(f"{cell.name}: {boot.ending}")
     return 0
 
 

@@ -18,6 +18,8 @@ SUBJECT: Final = 44
 
 AGAIN: Final = "again:"
 """Labels a command."""
+SMOKE: Final = "it runs each access path once, in one mode; by default all Cases run where changed code is reached"
+"""What a good verdict by the smoke tier alone lacks."""
 HEADS: Final = ("#", "patch", "verdict", "builds", "code")
 TAILS: Final = ("reached", "behaviour", "layout")
 
@@ -98,10 +100,11 @@ def cell_words(cell: CellReport | None) -> str:
 
 
 def reached(patch: PatchReport) -> str:
-    """``3/4``: functions executed, of those that changed."""
+    """``3/4``: functions executed, of those that changed; ``?/4`` where nothing is known of any."""
     found = patch.reached
     total = len(found.executed) + len(found.never) + len(found.unknown)
-    return f"{len(found.executed)}/{total}" if total else "-"
+    count = str(len(found.executed)) if found.executed or found.never else "?"
+    return f"{count}/{total}" if total else "-"
 
 
 def verdict(patch: PatchReport) -> str:
@@ -157,6 +160,18 @@ def how_to_see(cell: CellReport, change: Change) -> list[str]:
     if case.with_suffix(".c").exists():
         lines.append(f"reproducer: {case.with_suffix('.c')}")
     return lines
+
+
+def ran(cell: CellReport, form: str = "d") -> str:
+    """``full: 2 mismatch, 9 agree; 11 checks, 3 s``, and that it ended early; ``form`` is of the numbers."""
+    if not cell.tier:
+        return "not run"
+    counts = ", ".join(f"{n:{form}} {v}" for v, n in cell.counts.items())
+    text = f"{cell.tier}: {counts}; {counted(cell.checks, 'check', form=form)}, {cell.seconds:.0f} s"
+    if cell.chosen:
+        count = sum(cell.counts.values())
+        text += f"; ended early, for enough had failed: {count:{form}} of {cell.chosen:{form}} Cases ran"
+    return text
 
 
 def inherited(cell: CellReport) -> str:

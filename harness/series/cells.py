@@ -77,8 +77,9 @@ class CellResult:
     """What a cell's journal says: one record for each Case, and what its kernel was seen to be.
 
     ``problem``: why it did not come to its end, empty if it did; ``error``: the name of that error's class.
-    ``probed``: the profile of its KVM, as JSON; ``executed``: answers of :class:`harness.lab.trace.FunctionProfile`,
-    of fewer than ``machines`` where some were lost. ``recorded``: all that Cases showed, where that was asked for.
+    ``enough``: it ended early, so many of the ``chosen`` Cases had failed. ``probed``: its KVM's profile, as JSON;
+    ``executed``: answers of :class:`harness.lab.trace.FunctionProfile`, of fewer than ``machines``, or not of the
+    ``whole`` run, where some were lost. ``recorded``: all that Cases showed, where that was asked for.
     """
 
     folder: Path
@@ -90,6 +91,8 @@ class CellResult:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     machines: int = 0
     seconds: float = 0.0
+    enough: bool = False
+    chosen: int = 0
 
     @property
     def run(self) -> RunResults:
@@ -113,6 +116,7 @@ def read_result(folder: Path) -> CellResult:
     return CellResult(
         folder, records, problem, str(found.get("error", "")), found.get("probed"), tuple(found.get("executed", ())),
         recorded, int(found.get("machines", 0)), float(found.get("seconds", 0.0)),
+        bool(found.get("enough")), int(found.get("chosen", 0)),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ class Reached:
     """Of some functions: those that a cell has executed, those that it has not, and those that nobody can tell of.
 
     Nobody can where ftrace cannot follow a function (noinstr code, assembly, cold parts), where two names look alike in
-    its profile, or where the machine that ran it was lost. ``problem``: why nothing is known at all.
+    its profile, or where the machine that ran it did not come to its end. ``problem``: why not more is known.
     """
 
     executed: frozenset[str] = frozenset()
@@ -63,11 +63,17 @@ class Symbols:
 
 
 def reached(
-    names: Collection[str], executed: Iterable[Mapping[str, Any]], machines: int, symbols: Symbols
+    names: Collection[str],
+    executed: Iterable[Mapping[str, Any]],
+    machines: int,
+    symbols: Symbols,
+    *,
+    enough: bool = False,
 ) -> Reached:
     """What answers of the function profile say of ``names``, which it was told to follow.
 
-    ``machines`` is how many were started: where fewer have answered, what none of them saw is not known.
+    ``machines`` is how many were started: where fewer have answered for the whole of their run, what none of them saw
+    is not known. ``enough``: they were ended early on purpose, for so many Cases had failed.
     """
     seen: set[str] = set()
     missing: set[str] = set()
@@ -79,8 +85,9 @@ def reached(
         seen |= _by_offset(answer["seen"], symbols) if answer["offsets"] else _by_name(answer["seen"], names)
     alike = {name for name in names if name not in seen and _cut(name) in seen}
     never = set(names) - seen - missing - alike
-    if len(answers) < machines or not answers:
-        return Reached(frozenset(seen & set(names)), frozenset(), frozenset(set(names) - seen), "a machine was lost")
+    if sum(answer.get("whole", True) for answer in answers) < max(1, machines):
+        why = "so many Cases failed that the run was ended" if enough else "a machine was lost"
+        return Reached(frozenset(seen & set(names)), frozenset(), frozenset(set(names) - seen), why)
     return Reached(frozenset(seen & set(names)), frozenset(never), frozenset((missing | alike) & set(names)))
 
 
@@ -115,7 +122,10 @@ def reached_lines(found: Reached) -> list[str]:
     if not total:
         return ["no function changed, nor data that one refers to"]
     which = f"{counted(total, 'function')} that changed, or whose data did"
-    lines = [f"{len(found.executed)} of {which}, {'was' if total == 1 else 'were'} executed"]
+    verb = "was" if total == 1 else "were"
+    if found.unknown:
+        verb = "is known to have been" if total == 1 else "are known to have been"
+    lines = [f"{len(found.executed)} of {which}, {verb} executed"]
     if found.never:
         lines.append(_line("changed but never executed", found.never))
     if found.unknown:

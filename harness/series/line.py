@@ -145,6 +145,7 @@ class CellLine:
             checks=sum(int(r["checks"]) for r in records.values()), changes=tuple(changes),
             inherited=self.inherited(changes), quarantined=tuple(dict.fromkeys(flaky)),
             problem="; ".join(filter(None, problems)), seconds=result.seconds,
+            chosen=result.chosen if result.enough else 0,
         )  # fmt: skip
         found = {c.name: (number, kind(c.after)) for c in changes if c.fails and c.name in look.comes_and_goes}
         self.intermittent |= found

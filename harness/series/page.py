@@ -45,6 +45,8 @@ def page(report: SeriesReport) -> str:
     if not report.complete:
         planned = counted(report.planned, "patch", "patches")
         body.append(f'<p class="banner note">{len(report.patches)} of {planned} judged so far</p>')
+    if report.smoke and not report.status:
+        body.append(f'<p class="banner note">As far as the smoke tier tells: {escape(brief.SMOKE)}</p>')
     body += [*_first_bad(report), *_table(report)]
     for patch in report.patches:
         body += _patch(patch, report)
@@ -150,9 +152,7 @@ def _patch(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
 
 
 def _cell(cell: CellReport) -> str:
-    counts = ", ".join(f"{n:,} {v}" for v, n in cell.counts.items())
-    checks = counted(cell.checks, "check", form=",")
-    out = [f"{cell.tier}: {counts}; {checks}, {cell.seconds:.0f} s" if cell.tier else "not run"]
+    out = [brief.ran(cell, ",")]
     if cell.problem:
         out.append(f'<br><span class="note">lost: {escape(cell.problem)}</span>')
     mended = [c for c in cell.others if c.mended]

@@ -95,6 +95,8 @@ def _conclusion(report: SeriesReport) -> Iterator[str]:
         for patch in report.patches:
             if lacking := brief.unexecuted(patch):
                 yield f"but {lacking}" if judged == 1 else f"but of patch {patch.number}: {lacking}"
+        if report.smoke:
+            yield f"as far as the smoke tier tells: {brief.SMOKE}"
     if not report.complete:
         yield f"{judged} of {counted(report.planned, 'patch', 'patches')} judged so far"
 
@@ -126,10 +128,7 @@ def patch_lines(patch: PatchReport, report: SeriesReport) -> Iterator[str]:
 def _cell_lines(patch: PatchReport) -> Iterator[str]:
     for cell in patch.cells:
         if cell.tier or cell.problem:
-            counts = ", ".join(f"{n} {v}" for v, n in cell.counts.items())
-            checks = counted(cell.checks, "check")
-            ran = f"{cell.tier}: {counts}; {checks}, {cell.seconds:.0f} s" if cell.tier else "not run"
-            yield f"  {cell.cell + ':':10s} {ran}"
+            yield f"  {cell.cell + ':':10s} {brief.ran(cell)}"
         if cell.problem:
             yield f"    lost: {cell.problem}"
         mended = [c for c in cell.others if c.mended]
@@ -209,7 +208,8 @@ def _ktap_tests(patch: PatchReport) -> Iterator[_KtapTest]:
 def _ktap_reached(patch: PatchReport) -> Iterator[_KtapTest]:
     """What was not executed makes no patch bad."""
     if brief.reached(patch) != "-":
-        nothing = "" if patch.reached.executed else "SKIP nothing of what it changed was seen to be executed"
+        seen = "not known whether" if patch.reached.unknown else "nothing of"
+        nothing = "" if patch.reached.executed else f"SKIP {seen} what it changed was executed"
         yield True, "reached", nothing, reached_lines(patch.reached)
 
 

@@ -120,7 +120,7 @@ class SeriesRun:
             setup.title, setup.patches.base, tuple(c.name for c in setup.cells), tuple(self._reports),
             len(setup.patches.commits), {c.name: dict(c.base.flaky) for c in setup.cells if c.base.flaky},
             {c.name: c.base.failures() for c in setup.cells if c.base.failures()},
-            time.monotonic() - self._began, self._compiling, setup.emulator.name,
+            time.monotonic() - self._began, self._compiling, setup.emulator.name, setup.tier,
         )  # fmt: skip
 
     # --- BASE ---
@@ -227,7 +227,7 @@ class SeriesRun:
             cells.append(explained(taken, job.cell, *recorded[cell.name]) if cell.name in recorded else taken)
             if names := job.functions:
                 symbols = Symbols(pending.built[cell.flavour].system_map)
-                found |= reached(names, result.executed, result.machines, symbols)
+                found |= reached(names, result.executed, result.machines, symbols, enough=result.enough)
         seconds = sum(b.seconds for b in pending.builds) + sum(c.seconds for c in cells)
         report = PatchReport(
             pending.number, pending.commit, pending.builds, tuple(cells), found, pending.layout, seconds

@@ -103,7 +103,8 @@ class CellReport:
     """A patch in one cell. ``changes``: what the kernel shows otherwise than the one before it.
 
     ``inherited``: failures that an earlier patch has brought, with its number; 0 is BASE. ``problem``: why there is no
-    result, empty if there is one. ``command`` runs a Case of it again, ``{}`` standing for its name.
+    result, empty if there is one. ``command`` runs a Case of it again, ``{}`` standing for its name. ``chosen``: how
+    many Cases there were, where it ended before the last one since enough had failed; else 0.
     """
 
     cell: str
@@ -117,6 +118,7 @@ class CellReport:
     problem: str = ""
     seconds: float = 0.0
     command: str = ""
+    chosen: int = 0
 
     @property
     def failures(self) -> list[Change]:
@@ -155,7 +157,7 @@ class CellReport:
             "cell": self.cell, "tier": self.tier, "folder": self.folder, "verdict": verdict,
             "counts": dict(self.counts), "checks": self.checks, "changes": [c.to_json() for c in self.changes],
             "inherited": dict(self.inherited), "quarantined": list(self.quarantined), "problem": self.problem,
-            "seconds": round(self.seconds, 1),
+            "seconds": round(self.seconds, 1), "chosen": self.chosen,
         }  # fmt: skip
 
 
@@ -263,6 +265,12 @@ class SeriesReport:
     seconds: float = 0.0
     compiling: float = 0.0
     host: str = ""
+    tier: str = "auto"
+
+    @property
+    def smoke(self) -> bool:
+        """No more than the smoke tier was asked for, and something ran."""
+        return self.tier == "smoke" and any(c.tier for p in self.patches for c in p.cells)
 
     @property
     def first_bad(self) -> PatchReport | None:

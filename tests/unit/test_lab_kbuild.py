@@ -375,7 +375,7 @@ def test_exhausted_machine_is_not_the_trees_fault(tree: Path, words: str) -> Non
 
 
 def test_users_environment_does_not_reach_make(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAKEFLAGS", "KCFLAGS", "ARCH", "CROSS_COMPILE", "KBUILD_OUTPUT", "LOCALVERSION"):
+    for name in ("MAKEFLAGS", "KCFLAGS", "ARCH", "CROSS_COMPILE", "KBUILD_OUTPUT", "LOCALVERSION", "LANG", "LC_CTYPE"):
         monkeypatch.setenv(name, "nonsense")
     (tree / "Makefile").write_text(MAKEFILE.replace("bzImage:\n", "bzImage:\n\t@env > $(O)/environment\n"))
     built = kernel_from_tree(tree)

@@ -222,6 +222,14 @@ def test_a_lost_machine_may_have_executed_anything(symbols):
     assert found.problem == "a machine was lost"
 
 
+def test_a_machine_that_was_ended_early_has_told_what_it_saw(symbols):
+    early = [answer("_text+0x104") | {"whole": False}, answer("_text+0x144") | {"whole": False}]
+    found = reached(["em_add", "kvm_set_rflags", "startup"], early, 2, symbols, enough=True)
+    assert found.executed == {"em_add", "kvm_set_rflags"}
+    assert found.unknown == {"startup"}
+    assert found.problem == "so many Cases failed that the run was ended"
+
+
 def test_a_kernel_without_the_profile_says_so(symbols):
     found = reached(["em_add"], [{"error": "no function profile"}], 1, symbols)
     assert found.unknown == {"em_add"}

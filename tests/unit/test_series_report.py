@@ -46,6 +46,36 @@ def report(*patches, planned=None):
     return SeriesReport("base..main", BASE, ("svm",), numbered, planned or len(patches), host="QEMU")
 
 
+# --- what ran ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_ended_early_says_of_how_many_cases():
+    early = replace(FAILS, counts={"mismatch": 501, "agree": 1094}, checks=1600, chosen=7374)
+    told = "1600 checks, 0 s; ended early, for enough had failed: 1595 of 7374 Cases ran"
+    assert told in " ".join(text_report(report(patch(early))).split())
+    assert "1,595 of 7,374 Cases ran" in page(report(patch(early)))
+    assert "ended early" not in text_report(report(patch(FAILS)))
+
+
+@pytest.mark.parametrize(("tier", "cell", "told"), [
+    ("smoke", AGREES, True), ("auto", AGREES, False), ("smoke", FAILS, False), ("smoke", CellReport("svm", ""), False),
+])  # fmt: skip
+def test_good_by_the_smoke_tier_alone_says_so(tier, cell, told):
+    made = replace(report(patch(cell)), tier=tier)
+    text = " ".join(text_report(made).split())
+    assert ("as far as the smoke tier tells: it runs each access path once" in text) == told
+    assert ("As far as the smoke tier tells" in page(made)) == told
+
+
+def test_of_what_is_not_known_nothing_is_claimed():
+    made = report(patch(FAILS, reached=("", "", "em_mov em_xchg")))
+    assert "reached ?/2" in text_report(made)
+    assert "0 of 2 functions that changed, or whose data did, are known to have been executed" in " ".join(
+        text_report(made).split()
+    )
+    assert "reached # SKIP not known whether what it changed was executed" in ktap_report(made)
+
+
 # --- what was not executed --------------------------------------------------------------------------------------------
 
 
