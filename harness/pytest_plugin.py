@@ -226,7 +226,7 @@ def judge(item: pytest.Item, case: Case, runner: Runner) -> Result:
     """Run a Case, keep its result for the journal, and end the test item accordingly."""
     from harness.reference.cpu import ModelError
     from harness.reference.machine import ReferenceMachine
-    from harness.report.failure import failure_text
+    from harness.report.failure import failure_text, replay_words
 
     try:
         result = runner.run(case, ReferenceMachine())
@@ -235,12 +235,12 @@ def judge(item: pytest.Item, case: Case, runner: Runner) -> Result:
     item.user_properties.append((PROPERTY, json.dumps(result.to_json())))
     if result.verdict in _BAD:
         out: Path | None = item.config.getoption("--kvm-out")
-        again = case.id if out is None else _keep(case, out)
+        again = replay_words(case.id if out is None else _keep(case, out))
         difference = result.difference
         if difference is not None:
             text = failure_text(case, difference, runner.host.describe(), again)
         else:
-            text = f"{case.name}  [{case.id}]: {result.summary}\nkvm-harness replay {again}"
+            text = f"{case.name}  [{case.id}]: {result.summary}\n{again}"
         pytest.fail(text, pytrace=False)
     if result.verdict is Verdict.LOST:
         pytest.fail(result.summary, pytrace=False)

@@ -20,7 +20,7 @@ from harness.reference.cpu import ModelError
 from harness.reference.machine import ReferenceMachine
 from harness.report.agreement import agreement_text
 from harness.report.emit_c import emit_c
-from harness.report.failure import failure_text, labelled
+from harness.report.failure import failure_text, labelled, replay_words
 from harness.report.reduce import reduced
 from harness.report.views import CASES_FOLDER
 from harness.verdict import Verdict
@@ -86,15 +86,19 @@ class Replay:
             return f"{head}\n{agreement_text(self.case, steps, result.checks, self.host)}"
         if result.difference is None:
             return f"{head}\nhost: {self.host}"
-        return f"{head}\n{failure_text(self.case, result.difference, self.host, shlex.quote(self.again))}"
+        return f"{head}\n{failure_text(self.case, result.difference, self.host, self._command)}"
 
     def _is(self, row: KnownDivergence) -> bool:
         return self.result.summary.startswith(f"{row.name}: ")
 
+    @property
+    def _command(self) -> str:
+        return replay_words(shlex.quote(self.again))
+
     def c_source(self) -> str:
         """The Case as a C file, without the RAM that it does not need. EmitError when it has no C form."""
         smaller, difference = reduced(self.case, self.result.difference, lambda c: self._lockstep(c).difference)
-        return emit_c(smaller, difference, self.host, shlex.quote(self.again))
+        return emit_c(smaller, difference, self.host, self._command)
 
 
 def replay(text: str, device: Path, use: Callable[[Replay], None]) -> Result:

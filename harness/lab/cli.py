@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -260,7 +262,21 @@ def _run(args: argparse.Namespace) -> int:
         reduce=True,
     )
     out = results_folder(args.out) if args.out else new_folder()
-    return run_cells(cells(args), out, options, _say, sys.stderr)
+    return run_cells(cells(args), out, options, partial(command_again, args), _say, sys.stderr)
+
+
+def command_again(args: argparse.Namespace, cell: Cell) -> str:
+    """The command that runs a Case of a cell again, up to its name."""
+    words = ["kvm-harness", "lab", "run", "--config", cell.configuration.name]
+    if args.tree:
+        words += ["--tree", str(args.tree), *(["--variant", args.variant] if args.variant != "default" else [])]
+    elif args.kernel:
+        words += ["--kernel", str(args.kernel), *(["--modules", str(args.modules)] if args.modules else [])]
+    elif not cell.configuration.edits:
+        named = args.debian or DEFAULT_SERIES
+        words += ["--debian", cell.kernel.series if "," in named else named]
+    words += ["--qemu", args.qemu] if args.qemu != "ours" else []
+    return shlex.join([*words, "-k"])
 
 
 def _peers(args: argparse.Namespace) -> int:

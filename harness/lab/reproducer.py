@@ -17,7 +17,6 @@ from harness.lab.session import Cell, CellRun
 from harness.lockstep import Difference
 from harness.report.emit_c import EmitError, emit_c
 from harness.report.reduce import same_difference, thinned
-from harness.report.views import kept_word
 
 FOLDER: Final = "reduced"
 """In a cell's folder: the console of the machine that ran the reduced Cases."""
@@ -62,4 +61,4 @@ def reduce_reproducers(
         now = found.get(case.name)
         if now is not None and same_difference(difference, now):
             with suppress(EmitError):
-                file.write_text(emit_c(small[case.name], now, host, kept_word(file.with_suffix(".json"))))
+                file.write_text(emit_c(small[case.name], now, host, cell.command(case.name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,11 +19,11 @@ from harness.judge import outcome as ending
 from harness.lab.cache import Progress
 from harness.lab.plan import Plan
 from harness.lab.profile import refused_instruction
-from harness.lab.session import reader
+from harness.lab.session import Cell, reader
 from harness.lockstep import Difference
 from harness.report.emit_c import EmitError, emit_c
 from harness.report.failure import failure_text
-from harness.report.views import CASES_FOLDER, kept_word
+from harness.report.views import CASES_FOLDER
 from harness.verdict import Verdict, exit_status
 
 EVEX_OPERANDS: Final = "apx_evex/"
@@ -63,10 +64,12 @@ class CellOutcome:
 class CellResults:
     """Takes the results of one cell and keeps them in its folder: a journal, and a file for each Case that failed.
 
-    ``header`` is the journal's first line; ``say`` is told of the first failures in full. One result at a time.
+    ``header`` is the journal's first line, ``say`` is told of the first failures in full. One result at a time.
     """
 
-    def __init__(self, outcome: CellOutcome, plan: Plan, header: Mapping[str, Any], say: Progress) -> None:
+    def __init__(
+        self, cell: Cell, outcome: CellOutcome, plan: Plan, header: Mapping[str, Any], say: Progress
+    ) -> None:
         self.outcome = outcome
         self.host = str(header["host"])
         self.journal = Journal(outcome.folder, header)
@@ -76,7 +79,8 @@ class CellResults:
         """Instructions that KVM's emulator was seen to lack."""
         self.endings: dict[str, str] = {}
         """How Cases with R16-R31 as operands differed, by name."""
-        self._plan, self._say = plan, say
+        self._cell, self._plan, self._say = cell, plan, say
+        self._again = str(header.get("again", ""))
         self._shown = 0
 
     def take(self, result: Result, allowed: int = 0) -> None:
@@ -113,7 +117,8 @@ class CellResults:
         if difference is not None:
             self._note(case, difference)
             if shown:
-                text = failure_text(case, difference, self.host, kept_word(file))
+                again = f"{self._again} {shlex.quote(case.name)}" if self._again else self._cell.command(case.name)
+                text = failure_text(case, difference, self.host, again)
                 self._write_reproducer(case, difference, file)
         if shown:
             self._say(f"{result.verdict.value}: {result.name}\n{text}\n  case file: {file}")
@@ -128,7 +133,7 @@ class CellResults:
     def _write_reproducer(self, case: Case, difference: Difference, file: Path) -> None:
         source = file.with_suffix(".c")
         with suppress(EmitError):
-            source.write_text(emit_c(case, difference, self.host, kept_word(file)))
+            source.write_text(emit_c(case, difference, self.host, self._cell.command(case.name)))
             self.failed.append((case, difference, source))
 
 

@@ -39,8 +39,8 @@ class Options:
     ``only`` are names of Cases, None for all. ``profile`` is what the KVM is expected to be able to do, in the place of
     the checked-in one. ``trace``: names of kernel functions; the journal tells which of them were called. ``record``:
     the journal keeps all that Cases show. ``most_bad``: so many failures are enough, the rest is not run; 0 for no
-    limit. ``reduce``: the C reproducers are made small, which takes one more boot. ``header``: goes into the journal's
-    first line.
+    limit. ``reduce``: the C reproducers are made small, which takes one more boot. ``again``: the command that runs a
+    Case of this cell again, up to its name. ``header``: goes into the journal's first line.
     """
 
     tier: str = "full"
@@ -56,6 +56,7 @@ class Options:
     record: bool = False
     most_bad: int = 0
     reduce: bool = False
+    again: str = ""
     header: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +68,7 @@ def run_cell(cell: Cell, folder: Path, options: Options, progress: Progress, sta
     chosen, skipped = _choice(plan, options)
     line = StatusLine(cell.name, status)
     say = line.say(progress)
-    results = CellResults(outcome, plan, _header(cell, plan, options, len(chosen) + len(skipped)), say)
+    results = CellResults(cell, outcome, plan, _header(cell, plan, options, len(chosen) + len(skipped)), say)
     arbiter = _Arbitration(cell)
 
     def take(result: Result, allowed: int) -> None:
@@ -135,7 +136,8 @@ def _header(cell: Cell, plan: Plan, options: Options, count: int) -> dict[str, A
     return {
         "host": f"Linux {cell.kernel.release} in {cell.emulator.name} ({cell.accel})", "device": "lab",
         "cell": cell.name, "configuration": cell.configuration.name, "kernel": cell.kernel.label,
-        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key, "chosen": count, **options.header,
+        "series": cell.kernel.series, "tier": options.tier, "plan": plan.key, "chosen": count,
+        **({"again": options.again} if options.again else {}), **options.header,
     }  # fmt: skip
 
 
@@ -253,14 +255,16 @@ def cell_lines(outcome: CellOutcome) -> list[str]:
 Say = Callable[[str], None]
 
 
-def run_cells(cells: Sequence[Cell], out: Path, options: Options, say: Say, status: TextIO) -> int:
-    """Run cells one after the other; the exit status of them all."""
+def run_cells(
+    cells: Sequence[Cell], out: Path, options: Options, again: Callable[[Cell], str], say: Say, status: TextIO
+) -> int:
+    """Run cells one after the other; the exit status of them all. ``again``: the option of that name, for each."""
     outcomes = []
     for cell in cells:
         name = f"{cell.configuration.name}-{cell.kernel.series}"
         folder = out if len(cells) == 1 else out / name
         say(f"{cell.name}: {cell.kernel.label}, {cell.emulator.name}, {cell.accel}")
-        outcome = run_cell(cell, folder, options, say, status)
+        outcome = run_cell(cell, folder, replace(options, again=again(cell)), say, status)
         outcomes.append(outcome)
         for line in cell_lines(outcome):
             say(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections import deque
@@ -59,6 +60,11 @@ class Cell:
     def emulated(self) -> bool:
         """The processor is that of the lab's own emulator: profiles that are checked in, and bare machines, have it."""
         return self.accel == "tcg" and BARE in self.emulator.features
+
+    def command(self, name: str) -> str:
+        """What runs a Case in such a cell, for whoever has the kernel: BZIMAGE, or TREE, stands for it."""
+        kernel = "--tree TREE" if self.configuration.edits else "--kernel BZIMAGE"
+        return f"kvm-harness lab run {kernel} --config {self.configuration.name} -k {shlex.quote(name)}"
 
     def spec(self, disks: Sequence[Path]) -> BootSpec:
         """The machine to start; ``disks`` come after the root image."""

@@ -15,6 +15,7 @@ from harness.exits import Timeout, Unknown
 from harness.lockstep import Difference, exit_text
 from harness.report import c_parts
 from harness.report.c_data import comment, memory_c
+from harness.report.failure import replay_words
 from harness.report.listing import listing
 from harness.state import GPR_INDEX, SEGMENT_NAMES, CpuState, Events, Segment, msr_index, pae_paging
 
@@ -45,8 +46,8 @@ class EmitError(Exception):
 def emit_c(case: Case, difference: Difference | None, host: str, again: str | None = None) -> str:
     """The C source that reproduces ``case``, and judges it at ``difference`` (without one it only shows the exits).
 
-    ``host`` is the line about the machine where it was seen, ``again`` what ``kvm-harness replay`` is to be given for
-    the same (the Case's id if left out). The file needs <linux/kvm.h> of Linux 6.1 and libc.
+    ``host`` is the line about the machine where it was seen, ``again`` the command for the same under the harness
+    (``replay`` of the Case's id if left out). The file needs <linux/kvm.h> of Linux 6.1 and libc.
     Raises EmitError where an action or a register has no C form.
     """
     last = len(case.actions) if difference is None else difference.action + 1
@@ -55,7 +56,7 @@ def emit_c(case: Case, difference: Difference | None, host: str, again: str | No
     check = _check(case, difference)
     start = _set_start(case)
     parts = [
-        _header(case, difference, host, again or case.id),
+        _header(case, difference, host, again or replay_words(case.id)),
         c_parts.INCLUDES, _constants(case, difference), c_parts.TYPES,
         memory_c(case, difference), _cpuid(case), c_parts.MACHINE.replace("@SHAPE@", _shape(case)),
     ]  # fmt: skip
@@ -80,7 +81,7 @@ def _header(case: Case, difference: Difference | None, host: str, again: str) ->
     lines += textwrap.wrap(f"Seen on: {host}", 96)
     lines += ["", "Compile and run: gcc -O2 -Wall -Wextra -o repro THIS_FILE.c && ./repro",
               "Exit status: 1 the defect shows, 0 it does not, 2 it could not be tried.",
-              f"The same under the harness: kvm-harness replay {again}"]  # fmt: skip
+              f"The same under the harness: {again}"]  # fmt: skip
     return "/*\n" + "\n".join(f" * {comment(line)}".rstrip() for line in lines) + "\n */"
 
 

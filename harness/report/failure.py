@@ -30,10 +30,10 @@ _MAX_RUNS: Final = 8
 
 
 def failure_text(case: Case, difference: Difference, host: str, again: str | None = None) -> str:
-    """Everything about one failure, lines of at most 100 columns, ending in the command that replays it.
+    """Everything about one failure, lines of at most 100 columns, ending in the command that runs it again.
 
     In order: case, guest source line, exit, what differs (and only that), disassembly, start values of the registers
-    that the code uses, host. ``again`` is what that command names: the Case's id, or the file that holds it.
+    that the code uses, host. ``again`` is that command; without one, ``replay`` of the Case's id.
     """
     code = listing(case, difference)
     out = [*labelled("case", f"{case.name}  [{case.id}]"), *_guest(case, difference), *_exit(case, difference)]
@@ -44,7 +44,12 @@ def failure_text(case: Case, difference: Difference, host: str, again: str | Non
     if code:
         out += ["", "code", *(f"  {line}"[:WIDTH].rstrip() for line in _code_lines(code, case, difference))]
     out += ["", *start_values(case, code, [d.name for d in difference.registers]), "", *labelled("host", host)]
-    return "\n".join([*out, f"kvm-harness replay {again or case.id}"])
+    return "\n".join([*out, again or replay_words(case.id)])
+
+
+def replay_words(word: str) -> str:
+    """The command that runs a Case again on this machine's KVM; ``word``, for a shell, says which."""
+    return f"kvm-harness replay {word}"
 
 
 def labelled(label: str, text: str) -> list[str]:

@@ -65,7 +65,9 @@ def family_and_mode(name: str) -> tuple[str, str]:
 
 
 def replay_command(run: RunResults, record: Record) -> str:
-    """The command that runs this Case again: by its file where the run has kept it."""
+    """The command that runs this Case again: as the run says, or by its file where it is kept."""
+    if again := run.header.get("again"):
+        return f"{again} {shlex.quote(record['case'])}" if record["id"] else str(again).removesuffix(" -k")
     kept = run.folder / CASES_FOLDER / f"{record['id']}.json"
     return f"kvm-harness replay {kept_word(kept) if kept.exists() else record['id']}"
 

@@ -138,6 +138,8 @@ def bisect_run(args: argparse.Namespace) -> int:
 
     try:
         check(args.k)
+        if args.same_behaviour and args.base is None:
+            raise LabInputError("--same-behaviour compares with a good commit: give it with --base REV")
         repository = Repository(args.tree)
         repository.release(repository.commit("HEAD"))  # what is no Linux has no commit that can be tested
         configs = chosen_configurations(args.config)

@@ -198,7 +198,8 @@ def progress_of(job: CellJob) -> tuple[int, int]:
             lines = file.read().count(b"\n")
             file.seek(0)
             header = file.readline()
-        return max(0, lines - 1), int(json.loads(header).get("chosen", 0))
+        chosen = int(json.loads(header).get("chosen", 0))
+        return max(0, min(lines - 1, chosen)), chosen  # what is found of the kernel as a whole has lines, too
     except (OSError, ValueError):
         return 0, 0
 

@@ -100,7 +100,8 @@ def series(args: argparse.Namespace) -> int:
     """The verb."""
     from harness.series.git import Repository
 
-    configs = chosen_configurations(args.config or ("svm" if args.quick else DEFAULT_CONFIGS))
+    default = "svm" if args.quick else DEFAULT_CONFIGS
+    configs = chosen_configurations(default if args.config is None else args.config)
     if args.mbox is None:
         if args.base is not None:
             raise LabInputError("--base goes with --mbox: a range names its base itself, as in BASE..TIP")

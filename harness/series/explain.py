@@ -17,7 +17,7 @@ from harness.machine import Recording
 from harness.memory_diff import MemoryDiff, byte_diff
 from harness.report.emit_c import EmitError, emit_c
 from harness.report.failure import failure_text
-from harness.report.views import CASES_FOLDER, kept_word
+from harness.report.views import CASES_FOLDER
 from harness.series.cells import CellResult, cases_of
 from harness.series.verdict import CellReport
 
@@ -89,7 +89,7 @@ def explained(report: CellReport, cell: Cell, base: CellResult, patched: CellRes
         before, after = (steps_from_json(result.recorded[change.name]) for result in (base, patched))
         found = difference(case, before, after)
         if found is not None:
-            _keep(case, found, Path(report.folder), host)
+            _keep(case, found, Path(report.folder), host, cell.command(case.name))
             why = found.summary().replace("expected ", "BASE showed ", 1).replace("got ", "now ", 1)
         else:
             why = _UNSEEN if base.recorded[change.name] != patched.recorded[change.name] else _BACK
@@ -97,11 +97,10 @@ def explained(report: CellReport, cell: Cell, base: CellResult, patched: CellRes
     return replace(report, changes=tuple(changes))
 
 
-def _keep(case: Case, found: Difference, folder: Path, host: str) -> None:
+def _keep(case: Case, found: Difference, folder: Path, host: str, again: str) -> None:
     kept = folder / CASES_FOLDER / f"{case.id}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(case.to_json()))
-    again = kept_word(kept)
     kept.with_suffix(".txt").write_text(failure_text(case, found, host, again) + "\n")
     with suppress(EmitError):
         kept.with_suffix(".c").write_text(emit_c(case, found, host, again))

@@ -75,7 +75,7 @@ class Repository:
             if "not a git repository" not in str(error):
                 raise
             raise LabInputError(
-                f"{tree} is no git tree: a series needs its commits; without git there is kvm-harness lab run --tree"
+                f"{tree} is no git tree: commits are asked for; without git there is kvm-harness lab run --tree"
             ) from error
 
     def git(self, *words: str) -> str:
@@ -98,6 +98,8 @@ class Repository:
 
     def range(self, text: str) -> PatchRange:
         """``BASE..TIP`` (``BASE..`` is up to HEAD). LabInputError for what is no linear series of commits."""
+        if not text.strip():
+            raise LabInputError("the range is empty: give BASE..TIP")
         if "..." in text or ".." not in text:
             example = text.replace("...", "..") if "..." in text else self._ranges_with(text)
             raise LabInputError(f"{text!r} is no range BASE..TIP: two dots between two commits, as in {example}")

@@ -170,12 +170,12 @@ def ktap_report(report: SeriesReport) -> str:
         tests = list(_ktap_tests(patch))
         lines += ["  KTAP version 1", f"  # Subtest: {_ktap(patch.commit.subject)}", f"  1..{len(tests)}"]
         for number, (good, name, note, diagnosis) in enumerate(tests, 1):
-            lines += [f"  # {_ktap(text)}" for text in diagnosis]
+            lines += [f"  # {_line(text)}" for text in diagnosis]
             lines.append(f"  {'ok' if good else 'not ok'} {number} {_ktap(name)}" + (f" # {note}" if note else ""))
         good = patch.outcome is Outcome.GOOD
         note = " # ERROR lost" if patch.outcome is Outcome.LOST else ""
         name = f"{patch.commit.short} {_ktap(patch.commit.subject)}"
-        lines += [] if good else [f"# {_ktap(brief.verdict(patch))}"]
+        lines += [] if good else [f"# {_line(brief.verdict(patch))}"]
         lines.append(f"{'ok' if good else 'not ok'} {patch.number} {name}{note}")
     lines += [f"not ok {n} # ERROR not judged" for n in range(len(report.patches) + 1, report.planned + 1)]
     return "\n".join(lines) + "\n"
@@ -225,7 +225,12 @@ def _ktap_behaviour(patch: PatchReport) -> _KtapTest:
 
 
 def _ktap(text: str) -> str:
-    return " ".join(text.split()).replace("#", ".")
+    """For a test's name, where a # begins a directive."""
+    return _line(text).replace("#", ".")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

@@ -196,6 +196,7 @@ class SeriesRun:
                 continue
             most_bad = len(cell.now.failures()) + _MOST_BAD
             options = self._options(self._tier(cell, code), most_bad)
+            options = replace(options, again=self._command(cell, built[cell.flavour], commit))
             trace = self._trace(folder.relative_to(self.folder.path), cell.flavour, code.touched)
             pending.jobs[cell.name] = CellJob(
                 self._cell(cell, built[cell.flavour]), folder / cell.name, options, trace=trace
@@ -222,7 +223,7 @@ class SeriesRun:
                 problem = pending.problems.get(cell.name, "")
                 cells.append(CellReport(cell.name, "", inherited=cell.inherited(), problem=problem))
                 continue
-            empty = CellReport(cell.name, job.options.tier, command=self._command(cell, job, pending.commit))
+            empty = CellReport(cell.name, job.options.tier, command=f"{job.options.again} {{}}")
             taken = cell.take(pending.number, empty, result, looks.get(cell.name, SecondLook()))
             cells.append(explained(taken, job.cell, *recorded[cell.name]) if cell.name in recorded else taken)
             if names := job.functions:
@@ -322,13 +323,13 @@ class SeriesRun:
         write(path, sorted(names))
         return path
 
-    def _command(self, cell: CellLine, job: CellJob, commit: Commit) -> str:
-        """How a user runs a Case of this cell again, for a shell; ``{}`` is for its name."""
-        config = f"--config {cell.configuration.name} -k {{}}"
+    def _command(self, cell: CellLine, built: Built, commit: Commit) -> str:
+        """How a user runs a Case of this cell again, for a shell, up to its name."""
+        config = f"--config {cell.configuration.name} -k"
         if cell.configuration.edits:
             tree = shlex.quote(str(self.setup.tree))
             return f"git -C {tree} checkout {commit.id[:12]} && kvm-harness lab run --tree {tree} {config}"
-        image = job.cell.kernel.image
+        image = built.kernel.kernel.image
         packed = image.with_name("bzImage")  # what the lab boots itself may be the ELF file beside it
         return f"kvm-harness lab run --kernel {shlex.quote(str(packed if packed.is_file() else image))} {config}"
 

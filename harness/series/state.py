@@ -24,6 +24,7 @@ from harness.lab.errors import LabError, LabInputError
 
 NAME: Final = "series.json"
 FORMAT: Final = 1
+_WHICH: Final = frozenset({"series", "tree", "base", "commits"})  # of what a folder is about: the series itself
 
 
 class Folder:
@@ -35,6 +36,7 @@ class Folder:
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
+        self._check_foreign()  # before a file is made there
         self._fd = open_in(path, ".lock")
         try:
             self._lock()
@@ -57,14 +59,19 @@ class Folder:
                 f"{self.path}: another run validates this series there: wait for it, or give another --out"
             ) from None
 
-    def _check(self, about: Mapping[str, Any]) -> None:
-        found = read(self.path / NAME)
-        if found is None and any(p.name != ".lock" for p in self.path.iterdir()):
+    def _check_foreign(self) -> None:
+        others = (p for p in self.path.iterdir() if p.name != ".lock") if self.path.is_dir() else ()
+        if read(self.path / NAME) is None and any(others):
             raise LabInputError(f"{self.path}: holds something else than a series: give another --out")
+
+    def _check(self, about: Mapping[str, Any]) -> None:
+        self._check_foreign()
+        found = read(self.path / NAME)
         if found is not None and found != json.loads(json.dumps(about)):
-            same = [k for k in about if found.get(k) != about[k]]
+            others = [k for k in about if found.get(k) != about[k]]
+            which = "another series" if _WHICH.intersection(others) else "this series with other options"
             raise LabInputError(
-                f"{self.path}: holds another series ({', '.join(same)} differ): give another --out, or remove it"
+                f"{self.path}: holds {which} ({', '.join(others)} differ): give another --out, or remove it"
             )
         if found is None:
             write(self.path / NAME, about)

@@ -208,9 +208,9 @@ def test_a_small_reproducer_shows_the_same(machine, profile, tmp_path):
     case = filled(profile, "8b 14 25 10 20 01 00 0f b1 d1 f4", {"rax": 0x1111111122222222, "rcx": 0x3333333344444444})
     whole = emit_c(case, compared(machine, case), HOST)
     left, found = smaller(machine, case)
-    source = emit_c(left, found, HOST, again="'a/name@long#0'")
+    source = emit_c(left, found, HOST, again="a command -k 'a/name@long#0'")
     assert len(source) < 25_000 < 100_000 < len(whole)
-    assert "kvm-harness replay 'a/name@long#0'" in source
+    assert "The same under the harness: a command -k 'a/name@long#0'\n" in source
     assert run_c(tmp_path, source).stdout == run_c(tmp_path, whole).stdout
 
 

@@ -1,8 +1,13 @@
 """Options of `lab run` that do not go together: said before anything is built."""
 
+import argparse
+from types import SimpleNamespace
+
 import pytest
 
 from harness.cli import main
+from harness.lab.cli import add_verbs, command_again
+from harness.lab.configurations import configuration
 
 
 @pytest.mark.parametrize(
@@ -84,3 +89,20 @@ def test_refused_by_the_parser(capsys, words, error):
 def test_results_cannot_be_in_a_file(capsys, verb):
     assert main([*verb, "--out", "/dev/null"]) == 2
     assert "/dev/null: cannot write there: it is no folder; give another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "--config svm --debian newest"), (["--debian", "6.1,6.12"], "--config svm --debian 6.12"),
+        (["--kernel", "a dir/bzImage"], "--config svm --kernel 'a dir/bzImage'"),
+        (["--tree", "linux", "--variant", "debug"], "--config svm --tree linux --variant debug"),
+        (["--qemu", "system"], "--config svm --debian newest --qemu system"),
+    ],
+)  # fmt: skip
+def test_the_command_that_runs_a_case_again(words, told):
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers()
+    add_verbs(lambda name, function: verbs.add_parser(name))
+    cell = SimpleNamespace(configuration=configuration("svm"), kernel=SimpleNamespace(series="6.12"))
+    assert command_again(parser.parse_args(["run", *words]), cell) == f"kvm-harness lab run {told} -k"

@@ -13,6 +13,7 @@ from harness.lab import reproducer
 from harness.lab.errors import LostError
 from harness.lab.plan import PlanReader
 from harness.lab.reproducer import reduce_reproducers
+from harness.lab.session import Cell
 from harness.lockstep import Difference
 from harness.modes import CODE_BASE, setup
 from harness.report.emit_c import emit_c
@@ -39,7 +40,8 @@ def differs(got):
 @pytest.fixture
 def cell(monkeypatch):
     """A cell whose next run shows ``.shows``, or raises it; ``.ran`` are the Cases that it was given."""
-    cell = SimpleNamespace(name="toy", shows=None, ran=[])
+    cell = SimpleNamespace(name="toy", configuration=SimpleNamespace(name="toy", edits=()), shows=None, ran=[])
+    cell.command = lambda name: Cell.command(cell, name)
 
     class Toy:
         def __init__(self, cell, plan, profile, folder, take, **more):
@@ -72,14 +74,13 @@ def test_the_model_takes_away_what_no_instruction_reads(case):
     assert FILLING[:64] not in images[1]
 
 
-def test_what_shows_the_same_is_small_and_is_replayed_by_the_cases_own_file(case, cell, whole, tmp_path):
+def test_what_shows_the_same_is_small_and_names_a_command_of_the_lab(case, cell, whole, tmp_path):
     before = whole.read_text()
     cell.shows = differs(2)
     reduce_reproducers(cell, None, [(case, differs(2), whole)], HOST, tmp_path, print)
     assert len(cell.ran) == 1
     assert len(whole.read_text()) < len(before) - 4 * len(FILLING)
-    assert f"kvm-harness replay {whole.with_suffix('.json')}" in whole.read_text()
-    assert whole.is_absolute(), "so that it is found from any folder"
+    assert "kvm-harness lab run --kernel BZIMAGE --config toy -k 'gpr/halt@real#0'" in whole.read_text()
     assert HOST in whole.read_text()
     assert not list(tmp_path.rglob("plan"))
 

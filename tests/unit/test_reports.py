@@ -98,6 +98,15 @@ def test_replay_names_the_file_that_the_run_kept(tmp_path):
         assert f"kvm-harness replay {kept}" in view(run_of(*RECORDS, folder=tmp_path))
 
 
+def test_a_run_in_the_lab_names_the_command_of_its_own():
+    lab = run_of(*RECORDS, again="kvm-harness lab run --config svm --debian 7.3 -k")
+    for view in (text_report, junit_report, ktap_report):
+        assert "kvm-harness lab run --config svm --debian 7.3 -k 'gpr/add@long#0'" in view(lab)
+        assert "replay" not in view(lab)
+    whole = run_of(record("kernel/log/oops", "splat", "oops") | {"id": ""}, again="kvm-harness lab run --config svm -k")
+    assert "\n           kvm-harness lab run --config svm\n" in text_report(whole)
+
+
 def test_a_cell_is_told_once_and_with_each_case_where_there_are_several():
     one = text_report(run_of(*RECORDS, cell="svm × 7.3"))
     assert one.count("svm × 7.3") == 1

@@ -96,6 +96,9 @@ def test_how_far_a_job_is(job):
     assert progress_of(job) == (0, 0)
     write(job, RECORD)
     assert progress_of(job) == (1, 2)
+    more = replace(job, folder=job.folder / "more")
+    write(more, RECORD, RECORD, RECORD)
+    assert progress_of(more) == (2, 2), "what is found of the kernel as a whole is no Case"
 
 
 def test_machines_side_by_side():

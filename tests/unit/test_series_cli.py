@@ -49,6 +49,7 @@ def harness(*words):
         (["base..main"], "is no git tree"), ([], "give the series: a range BASE..TIP, or --mbox FILE --base REV"),
         (["base..main", "--mbox", "x", "--base", "base"], "and no range"), (["--mbox", "x"], "goes with --base REV"),
         (["base..main", "--base", "base"], "--base goes with --mbox"),
+        (["base..main", "--config", ""], "no configuration ''"),
     ],
 )  # fmt: skip
 def test_wrong_words(tmp_path, words, said):
@@ -165,6 +166,11 @@ def test_bisect_takes_no_commit_for_good_or_bad_where_nobody_listens(words):
 def test_bisect_stops_without_a_tree(tmp_path):
     status, text = harness("bisect-run", "--tree", tmp_path, "--qemu", "system")
     assert (status, "is no git tree" in text) == (UNUSABLE, True)
+
+
+def test_bisect_compares_behaviour_with_a_base_only(tree):
+    status, text = harness("bisect-run", "--tree", tree.path, "--same-behaviour", "--qemu", "system")
+    assert (status, "--same-behaviour compares with a good commit: give it with --base REV" in text) == (UNUSABLE, True)
 
 
 @pytest.mark.parametrize("makefile", [None, "all:\n"])

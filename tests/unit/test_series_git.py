@@ -109,9 +109,14 @@ def test_no_functional_change_is_recognized(message, claims):
     assert Commit("1" * 40, "2" * 40, (), "A", message).claims_no_change is claims
 
 
+def test_an_empty_range(tree):
+    with pytest.raises(LabInputError, match=r"the range is empty: give BASE\.\.TIP"):
+        Repository(tree.path).range(" ")
+
+
 def test_no_git_tree(tmp_path):
     (tmp_path / "plain").mkdir()
-    with pytest.raises(LabInputError, match="is no git tree: a series needs its commits"):
+    with pytest.raises(LabInputError, match="is no git tree: commits are asked for"):
         Repository(tmp_path / "plain")
     with pytest.raises(LabInputError, match="no such directory"):
         Repository(tmp_path / "nowhere")

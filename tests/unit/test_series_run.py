@@ -426,11 +426,18 @@ def test_another_series_into_the_same_folder_is_refused(series, out):
         validate(series, out, Elsewhere())
 
 
-def test_a_folder_with_something_else_is_refused(series, out):
+def test_a_folder_with_something_else_is_refused_and_left_as_it_is(series, out):
     out.mkdir()
     (out / "thesis.tex").write_text("")
     with pytest.raises(LabInputError, match="holds something else than a series"):
         validate(series, out, Elsewhere())
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+
+
+def test_other_options_into_the_same_folder_are_refused(series, out):
+    validate(series, out, Elsewhere())
+    with pytest.raises(LabInputError, match=r"holds this series with other options \(cells differ\)"):
+        validate(series, out, Elsewhere(), configs=("svm-emul",))
 
 
 def test_two_runs_into_one_folder(series, out):
@@ -454,7 +461,7 @@ def test_ktap_says_the_same(series, out):
     assert [r[0] for r in results] == ["ok", "not", "not", "ok"]
     assert "  not ok 1 builds default" in lines
     assert any(line.startswith("  not ok ") and line.endswith(" behaviour") for line in lines)
-    assert f"  # {CASES[1].replace('#', '.')}: mismatch: rcx: expected 0x1, got 0x2" in lines
+    assert f"  # {CASES[1]}: mismatch: rcx: expected 0x1, got 0x2" in lines
 
 
 @pytest.mark.parametrize(
