@@ -37,6 +37,7 @@ static size_t run_size;
 static uint8_t *ram[NSLOTS];
 static int exits;               /* exits seen so far */
 static int bad;                 /* something differs from what is expected */
+static int elsewhere;           /* the guest came to another exit than where the defect was seen */
 static int judged;              /* the exit in question was reached */
 static uint64_t reads;          /* device reads answered so far */
 
@@ -489,9 +490,11 @@ static void finish(void)
 {
 	if (bad)
 		printf("DEFECT REPRODUCED\n");
+	else if (elsewhere)
+		printf("this defect cannot be tried here: the guest comes to another exit\n");
 	else if (CHECK_EXIT >= 0)
 		printf("not reproduced: agrees\n");
-	exit(bad);
+	exit(bad ? 1 : elsewhere ? 2 : 0);
 }
 """
 

@@ -260,7 +260,7 @@ def _check(case: Case, difference: Difference | None) -> str:
     out = [f"\tstruct {_GROUPS[g][0]} {g};" for g in _GROUPS if g in groups]
     words = _words(expected)
     out += ["", f'\tif (strcmp(words, "{words}")) {{', f'\t\tprintf("exit: expected {words} got %s\\n", words);',
-            "\t\tbad = 1;", "\t\treturn;", "\t}"]  # fmt: skip
+            f"\t\t{'bad' if difference.exits_differ else 'elsewhere'} = 1;", "\t\treturn;", "\t}"]  # fmt: skip
     out += [f"\tDO(vcpu_fd, {_GROUPS[g][1]}, &{g});" for g in _GROUPS if g in groups]
     for d, value in values:
         others = "".join(f"{value} != {v:#x} && " for v in expected.accept.get(d.name, ()))

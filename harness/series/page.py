@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -20,6 +21,7 @@ _MOST: Final = 40  # Cases shown of one cell
 _COLOUR: Final = {
     Outcome.BAD: "bad", Outcome.UNBUILDABLE: "bad", Outcome.UNTRUE: "bad", Outcome.LOST: "note", Outcome.GOOD: "good",
 }  # fmt: skip
+_OPTION: Final = re.compile(r"(?<!\S)--?\w[\w-]*")
 _MORE: Final = """
 body { max-width: 92rem; }
 .patches th { white-space: nowrap; } .patches .subject { min-width: 14rem; }
@@ -27,6 +29,7 @@ body { max-width: 92rem; }
 .banner code { display: block; padding-left: 1rem; white-space: pre-wrap; }
 .banner code.deep { padding-left: 2.5rem; opacity: .8; }
 .banner code:not(.deep) { margin-top: .4rem; }
+.whole { white-space: nowrap; }
 .patches td.num { width: 1%; } td a { color: inherit; }
 section { border-top: 1px solid var(--line); margin-top: 1.6rem; } section h2 { margin-top: 1rem; }
 pre { overflow-x: auto; background: var(--band); padding: .6rem .8rem; margin: .4rem 0;
@@ -82,8 +85,13 @@ def _first_bad(report: SeriesReport) -> Iterator[str]:
     yield f'<div class="banner bad"><b>First bad patch: {first.number}, {escape(str(first.commit))}</b>'
     for line in brief.evidence(first):
         deep = ' class="deep"' if line.startswith(_DEEP) else ""
-        yield f"<code{deep}>{escape(line.removeprefix(_DEEP).removeprefix('  '))}</code>"
+        yield f"<code{deep}>{_unbroken(line.removeprefix(_DEEP).removeprefix('  '))}</code>"
     yield "</div>"
+
+
+def _unbroken(text: str) -> str:
+    """A command whose options stay on one line: a browser would break them at their hyphens."""
+    return _OPTION.sub(r'<span class="whole">\g<0></span>', escape(text))
 
 
 def _table(report: SeriesReport) -> Iterator[str]:
@@ -177,7 +185,7 @@ def _change(cell: CellReport, change: Change) -> str:
     if not change.fails:
         return text
     for line in brief.how_to_see(cell, change):
-        text += f'<br><code class="soft">{escape(line)}</code>'
+        text += f'<br><code class="soft">{_unbroken(line)}</code>'
     source = Path(cell.folder) / CASES_FOLDER / f"{change.after['id']}.c"
     if source.is_file():
         text += f"<details><summary>C reproducer</summary><pre>{escape(source.read_text())}</pre></details>"

@@ -268,6 +268,19 @@ def test_another_exit_is_the_defect(machine, profile, tmp_path):
     assert (done.returncode, done.stdout.splitlines()[1]) == (1, "exit: expected shutdown got halt")
 
 
+def test_another_exit_is_not_the_defect_where_that_was_in_a_register(machine, profile, tmp_path):
+    """As on a kernel with another defect: what was wrong there cannot be looked at here."""
+    case = case_of(profile, b"\x48\xff\xc0\xf4", {"rax": 41})
+    _, found = last_exit_differs_in(machine, case, {"rax": 43})
+    expected, got = (replace(seen, exit=Shutdown()) for seen in (found.expected, found.got))
+    elsewhere = replace(found, expected=expected, got=got)
+    done = run_c(tmp_path, emit_c(case, elsewhere, HOST))
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[1:] == [
+        "exit: expected shutdown got halt", "this defect cannot be tried here: the guest comes to another exit",
+    ]  # fmt: skip
+
+
 def test_an_exit_too_few_and_one_too_many(machine, profile, tmp_path):
     case = case_of(profile, b"\xf4")
     seen = record(machine, case)

@@ -105,6 +105,18 @@ def test_a_refactoring_that_changes_what_the_model_allows_is_not_what_it_says(tr
     assert list((Path(patch["cells"][0]["folder"]) / "cases").glob("*.c"))
 
 
+def test_what_fails_everywhere_ends_early_and_is_known_to_have_been_executed(demo, tree, tmp_path):
+    git, file = demo["git"], "arch/x86/kvm/regs.c"
+    git(tree, "checkout", "--quiet", "base")
+    good = git(tree, "show", f"base:{file}")
+    wrong = good.replace("kvm_r12_write_raw(vcpu, regs->r12)", "kvm_r12_write_raw(vcpu, 0)")
+    bad = demo["commit"](tree, "base", "KVM: x86: Lose R12\n", {file: wrong})
+    assert series(tree, tmp_path / "out", f"base..{bad}", *QUICK).returncode == 1
+    (patch,) = report(tmp_path / "out")["patches"]
+    assert patch["reached"]["executed"] == ["__set_regs"]
+    assert 500 < sum(patch["cells"][0]["counts"].values()) < patch["cells"][0]["chosen"]
+
+
 @pytest.mark.parametrize("name", ["set-regs-truncates-r12", "segment-base-32-bit", "emul-cmov-keeps-upper-half"])
 def test_a_seeded_bug_is_bad_and_its_revert_is_good(demo, tree, tmp_path, name):
     bug = load_all(MUTANTS)[name]
