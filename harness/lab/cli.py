@@ -268,13 +268,13 @@ def _run(args: argparse.Namespace) -> int:
 def command_again(args: argparse.Namespace, cell: Cell) -> str:
     """The command that runs a Case of a cell again, up to its name."""
     words = ["kvm-harness", "lab", "run", "--config", cell.configuration.name]
-    if args.tree:
-        words += ["--tree", str(args.tree), *(["--variant", args.variant] if args.variant != "default" else [])]
-    elif args.kernel:
-        words += ["--kernel", str(args.kernel), *(["--modules", str(args.modules)] if args.modules else [])]
-    elif not cell.configuration.edits:
-        named = args.debian or DEFAULT_SERIES
-        words += ["--debian", cell.kernel.series if "," in named else named]
+    for option in ("tree", "kernel", "modules"):
+        if path := getattr(args, option):
+            words += [f"--{option}", str(path.expanduser().absolute())]
+    if not (args.tree or args.kernel or cell.configuration.edits):
+        named = (args.debian or DEFAULT_SERIES).split(",")
+        words += ["--debian", cell.kernel.series if cell.kernel.series in named else named[-1]]
+    words += ["--variant", args.variant] if args.variant != "default" else []
     words += ["--qemu", args.qemu] if args.qemu != "ours" else []
     return shlex.join([*words, "-k"])
 

@@ -88,9 +88,7 @@ def release_in(makefile: str, where: str) -> tuple[str, tuple[int, int]]:
     try:
         series = int(found["VERSION"]), int(found["PATCHLEVEL"])
     except (KeyError, ValueError) as error:
-        raise LabInputError(
-            f"{where} is no Linux source tree: its Makefile names no kernel version; give one with --tree"
-        ) from error
+        raise LabInputError(f"{where} is no Linux source tree: its Makefile names no kernel version") from error
     return f"{series[0]}.{series[1]}.{found.get('SUBLEVEL', '0')}{found.get('EXTRAVERSION', '')}", series
 
 

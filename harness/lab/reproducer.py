@@ -61,4 +61,4 @@ def reduce_reproducers(
         now = found.get(case.name)
         if now is not None and same_difference(difference, now):
             with suppress(EmitError):
-                file.write_text(emit_c(small[case.name], now, host, cell.command(case.name)))
+                file.write_text(emit_c(small[case.name], now, host, cell.example(case.name)))

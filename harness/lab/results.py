@@ -80,7 +80,7 @@ class CellResults:
         self.endings: dict[str, str] = {}
         """How Cases with R16-R31 as operands differed, by name."""
         self._cell, self._plan, self._say = cell, plan, say
-        self._again = str(header.get("again", ""))
+        self._again = str(header["again"])
         self._shown = 0
 
     def take(self, result: Result, allowed: int = 0) -> None:
@@ -117,8 +117,7 @@ class CellResults:
         if difference is not None:
             self._note(case, difference)
             if shown:
-                again = f"{self._again} {shlex.quote(case.name)}" if self._again else self._cell.command(case.name)
-                text = failure_text(case, difference, self.host, again)
+                text = failure_text(case, difference, self.host, f"{self._again} {shlex.quote(case.name)}")
                 self._write_reproducer(case, difference, file)
         if shown:
             self._say(f"{result.verdict.value}: {result.name}\n{text}\n  case file: {file}")
@@ -133,7 +132,7 @@ class CellResults:
     def _write_reproducer(self, case: Case, difference: Difference, file: Path) -> None:
         source = file.with_suffix(".c")
         with suppress(EmitError):
-            source.write_text(emit_c(case, difference, self.host, self._cell.command(case.name)))
+            source.write_text(emit_c(case, difference, self.host, self._cell.example(case.name)))
             self.failed.append((case, difference, source))
 
 

@@ -40,7 +40,7 @@ class Options:
     the checked-in one. ``trace``: names of kernel functions; the journal tells which of them were called. ``record``:
     the journal keeps all that Cases show. ``most_bad``: so many failures are enough, the rest is not run; 0 for no
     limit. ``reduce``: the C reproducers are made small, which takes one more boot. ``again``: the command that runs a
-    Case of this cell again, up to its name. ``header``: goes into the journal's first line.
+    Case of this cell again, up to its name, if not :attr:`Cell.again`. ``header``: goes into the journal's first line.
     """
 
     tier: str = "full"
@@ -137,12 +137,12 @@ def _header(cell: Cell, plan: Plan, options: Options, count: int) -> dict[str, A
         "host": f"Linux {cell.kernel.release} in {cell.emulator.name} ({cell.accel})", "device": "lab",
         "cell": cell.name, "configuration": cell.configuration.name, "kernel": cell.kernel.label,
         "series": cell.kernel.series, "tier": options.tier, "plan": plan.key, "chosen": count,
-        **({"again": options.again} if options.again else {}), **options.header,
+        "again": options.again or cell.again, **options.header,
     }  # fmt: skip
 
 
 def _conclude(run: CellRun, results: CellResults, profile: Profile, options: Options, say: Progress) -> None:
-    """All Cases ran: what that says of the kernel as a whole, and what else the journal is to have."""
+    """No more Cases are to run: what that says of the kernel as a whole, and what else the journal is to have."""
     cell, journal, tally = run.cell, results.journal, run.tally
     assert run.plan is not None
     for result in profile_results(profile, run):

@@ -61,10 +61,19 @@ class Cell:
         """The processor is that of the lab's own emulator: profiles that are checked in, and bare machines, have it."""
         return self.accel == "tcg" and BARE in self.emulator.features
 
-    def command(self, name: str) -> str:
-        """What runs a Case in such a cell, for whoever has the kernel: BZIMAGE, or TREE, stands for it."""
-        kernel = "--tree TREE" if self.configuration.edits else "--kernel BZIMAGE"
-        return f"kvm-harness lab run {kernel} --config {self.configuration.name} -k {shlex.quote(name)}"
+    @property
+    def again(self) -> str:
+        """The command that runs a Case of this cell, up to its name; TREE stands for a tree that is edited first."""
+        packed = self.kernel.image.with_name("bzImage")  # what boots itself may be the ELF file beside it
+        return self._command(shlex.quote(str((packed if packed.is_file() else self.kernel.image).absolute())))
+
+    def example(self, name: str) -> str:
+        """The same for whoever has such a kernel: BZIMAGE stands for it."""
+        return f"{self._command('BZIMAGE')} {shlex.quote(name)}"
+
+    def _command(self, image: str) -> str:
+        kernel = "--tree TREE" if self.configuration.edits else f"--kernel {image}"
+        return f"kvm-harness lab run {kernel} --config {self.configuration.name} -k"
 
     def spec(self, disks: Sequence[Path]) -> BootSpec:
         """The machine to start; ``disks`` come after the root image."""

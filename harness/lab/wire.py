@@ -5,7 +5,8 @@
      "careful": bool, "record": bool}        no-kvm TEXT       none that can be used
     {"probe": true}                          probed {...}      what it can do (Host.to_json)
     {"trace": [NAME, ...]}                   + I CHECKS ALLOWED SECONDS   Case I of the plan agreed
-    {"end": true}                            executed {...}   which of the functions to trace (FunctionProfile.result)
+    {"end": true}                            executed {...}   which of the functions to trace (FunctionProfile.result):
+                                                               at the end ("whole"), and now and then after a "-"
                                              - I {...}         a Finding that is not clean
                                              = I [[...], ...]  all that it showed, action by action (``record``)
                                              splat I {...}     the kernel log spoke up while Case I (-: none) ran

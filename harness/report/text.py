@@ -33,7 +33,7 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
         return []
     lines = [f"{counted(len(records), 'case')}, {counted(checks(records), 'check')}: {counts_text(records)}"]
     for verdict, title in _TITLES:
-        lines += [f"  {title}: {count:5d} × {reason}" for reason, count in reasons(records, verdict)]
+        lines += [f"  {title}: {count:5d} × {why}" for why, count in reasons(records, verdict)]
     return lines
 
 

@@ -169,8 +169,7 @@ def ran(cell: CellReport, form: str = "d") -> str:
     counts = ", ".join(f"{n:{form}} {v}" for v, n in cell.counts.items())
     text = f"{cell.tier}: {counts}; {counted(cell.checks, 'check', form=form)}, {cell.seconds:.0f} s"
     if cell.chosen:
-        count = sum(cell.counts.values())
-        text += f"; ended early, for enough had failed: {count:{form}} of {cell.chosen:{form}} Cases ran"
+        text += f"; ended early, for enough had failed: {cell.ran:{form}} of {cell.chosen:{form}} Cases ran"
     return text
 
 

@@ -87,6 +87,7 @@ def reached(
     never = set(names) - seen - missing - alike
     if sum(answer.get("whole", True) for answer in answers) < max(1, machines):
         why = "so many Cases failed that the run was ended" if enough else "a machine was lost"
+        why = "" if set(names) <= seen | missing else why
         return Reached(frozenset(seen & set(names)), frozenset(), frozenset(set(names) - seen), why)
     return Reached(frozenset(seen & set(names)), frozenset(never), frozenset((missing | alike) & set(names)))
 

@@ -89,7 +89,7 @@ def explained(report: CellReport, cell: Cell, base: CellResult, patched: CellRes
         before, after = (steps_from_json(result.recorded[change.name]) for result in (base, patched))
         found = difference(case, before, after)
         if found is not None:
-            _keep(case, found, Path(report.folder), host, cell.command(case.name))
+            _keep(case, found, Path(report.folder), host, cell.example(case.name))
             why = found.summary().replace("expected ", "BASE showed ", 1).replace("got ", "now ", 1)
         else:
             why = _UNSEEN if base.recorded[change.name] != patched.recorded[change.name] else _BACK

@@ -136,7 +136,10 @@ class Repository:
             makefile = self.git("show", f"{commit.id}:Makefile")
         except LabInputError as error:
             raise LabInputError(f"{self.tree}: {commit} is no Linux source tree: it has no Makefile") from error
-        return release_in(makefile, f"{self.tree}: {commit}")
+        try:
+            return release_in(makefile, f"{self.tree}: {commit}")
+        except LabInputError as error:
+            raise LabInputError(f"{error}; give a tree of Linux with --tree") from error
 
     def check_age(self, commit: Commit) -> None:
         """LabInputError for a commit that is no Linux, or an older one than the lab knows."""

@@ -196,7 +196,7 @@ class SeriesRun:
                 continue
             most_bad = len(cell.now.failures()) + _MOST_BAD
             options = self._options(self._tier(cell, code), most_bad)
-            options = replace(options, again=self._command(cell, built[cell.flavour], commit))
+            options = replace(options, again=self._edited(cell, commit))
             trace = self._trace(folder.relative_to(self.folder.path), cell.flavour, code.touched)
             pending.jobs[cell.name] = CellJob(
                 self._cell(cell, built[cell.flavour]), folder / cell.name, options, trace=trace
@@ -223,7 +223,7 @@ class SeriesRun:
                 problem = pending.problems.get(cell.name, "")
                 cells.append(CellReport(cell.name, "", inherited=cell.inherited(), problem=problem))
                 continue
-            empty = CellReport(cell.name, job.options.tier, command=f"{job.options.again} {{}}")
+            empty = CellReport(cell.name, job.options.tier, command=f"{job.options.again or job.cell.again} {{}}")
             taken = cell.take(pending.number, empty, result, looks.get(cell.name, SecondLook()))
             cells.append(explained(taken, job.cell, *recorded[cell.name]) if cell.name in recorded else taken)
             if names := job.functions:
@@ -304,7 +304,10 @@ class SeriesRun:
         where = self.folder.path / "base" / cell.name / f"patch-{pending.number:04d}{folder}"
         again = mine.folder.parent / "again" / f"{cell.name}{folder}"
         return {
-            f"{cell.name} on BASE again{run}": CellJob(self._cell(cell, self._base[cell.flavour]), where, options),
+            f"{cell.name} on BASE again{run}": CellJob(
+                self._cell(cell, self._base[cell.flavour]), where,
+                replace(options, again=self._edited(cell, self.setup.patches.base)),
+            ),
             f"{cell.name} again{run}": replace(mine, folder=again, options=options, trace=None),
         }
 
@@ -323,15 +326,13 @@ class SeriesRun:
         write(path, sorted(names))
         return path
 
-    def _command(self, cell: CellLine, built: Built, commit: Commit) -> str:
-        """How a user runs a Case of this cell again, for a shell, up to its name."""
+    def _edited(self, cell: CellLine, commit: Commit) -> str:
+        """How a user runs a Case of a cell again whose kernel is edited, up to its name; empty for other cells."""
+        if not cell.configuration.edits:
+            return ""
+        tree = shlex.quote(str(self.setup.tree.expanduser().absolute()))
         config = f"--config {cell.configuration.name} -k"
-        if cell.configuration.edits:
-            tree = shlex.quote(str(self.setup.tree))
-            return f"git -C {tree} checkout {commit.id[:12]} && kvm-harness lab run --tree {tree} {config}"
-        image = built.kernel.kernel.image
-        packed = image.with_name("bzImage")  # what the lab boots itself may be the ELF file beside it
-        return f"kvm-harness lab run --kernel {shlex.quote(str(packed if packed.is_file() else image))} {config}"
+        return f"git -C {tree} checkout {commit.id[:12]} && kvm-harness lab run --tree {tree} {config}"
 
     def _submit(self, jobs: Mapping[str, CellJob]) -> dict[Future[Path], str]:
         return {self._executor.submit(run_job, job): name for name, job in jobs.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.journal import NAME as JOURNAL
-from harness.journal import OUT, open_in
+from harness.journal import OUT, open_in, results_folder
 from harness.lab.cache import digest
 from harness.lab.errors import LabError, LabInputError
 
@@ -36,7 +36,8 @@ class Folder:
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
-        self._check_foreign()  # before a file is made there
+        if not (results_folder(path) / ".lock").exists():
+            self._check_foreign()  # before a file is made there
         self._fd = open_in(path, ".lock")
         try:
             self._lock()
@@ -60,8 +61,11 @@ class Folder:
             ) from None
 
     def _check_foreign(self) -> None:
-        others = (p for p in self.path.iterdir() if p.name != ".lock") if self.path.is_dir() else ()
-        if read(self.path / NAME) is None and any(others):
+        try:
+            others = [p for p in self.path.iterdir() if p.name != ".lock"]
+        except PermissionError as error:
+            raise LabInputError(f"{self.path}: cannot be read: no permission; give another --out") from error
+        if read(self.path / NAME) is None and others:
             raise LabInputError(f"{self.path}: holds something else than a series: give another --out")
 
     def _check(self, about: Mapping[str, Any]) -> None:

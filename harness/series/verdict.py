@@ -104,7 +104,7 @@ class CellReport:
 
     ``inherited``: failures that an earlier patch has brought, with its number; 0 is BASE. ``problem``: why there is no
     result, empty if there is one. ``command`` runs a Case of it again, ``{}`` standing for its name. ``chosen``: how
-    many Cases there were, where it ended before the last one since enough had failed; else 0.
+    many Cases there were, and ``ran`` how many ran, where it ended before the last one since enough had failed; else 0.
     """
 
     cell: str
@@ -119,6 +119,7 @@ class CellReport:
     seconds: float = 0.0
     command: str = ""
     chosen: int = 0
+    ran: int = 0
 
     @property
     def failures(self) -> list[Change]:
@@ -157,7 +158,7 @@ class CellReport:
             "cell": self.cell, "tier": self.tier, "folder": self.folder, "verdict": verdict,
             "counts": dict(self.counts), "checks": self.checks, "changes": [c.to_json() for c in self.changes],
             "inherited": dict(self.inherited), "quarantined": list(self.quarantined), "problem": self.problem,
-            "seconds": round(self.seconds, 1), "chosen": self.chosen,
+            "seconds": round(self.seconds, 1), "chosen": self.chosen, "ran": self.ran,
         }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_reproducers_of_what_fails_are_small_and_compile(cell, tmp_path, monkeyp
     (source,) = (tmp_path / "cases").glob("*.c")
     assert source.stem == record["id"]
     assert source.stat().st_size < 30_000
-    assert f"kvm-harness replay {source.with_suffix('.json').absolute()}" in source.read_text()
+    assert "lab run --kernel BZIMAGE --config svm-emul -k 'forced/alu/aam7@prot32#0'\n" in source.read_text()
     subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "repro", source], check=True)
 
 

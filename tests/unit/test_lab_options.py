@@ -95,12 +95,14 @@ def test_results_cannot_be_in_a_file(capsys, verb):
     ("words", "told"),
     [
         ([], "--config svm --debian newest"), (["--debian", "6.1,6.12"], "--config svm --debian 6.12"),
-        (["--kernel", "a dir/bzImage"], "--config svm --kernel 'a dir/bzImage'"),
-        (["--tree", "linux", "--variant", "debug"], "--config svm --tree linux --variant debug"),
+        (["--kernel", "a dir/bzImage"], "--config svm --kernel '/usr/a dir/bzImage'"),
+        (["--tree", "linux", "--variant", "debug"], "--config svm --tree /usr/linux --variant debug"),
         (["--qemu", "system"], "--config svm --debian newest --qemu system"),
     ],
 )  # fmt: skip
-def test_the_command_that_runs_a_case_again(words, told):
+def test_the_command_that_runs_a_case_again(monkeypatch, words, told):
+    """From whatever folder."""
+    monkeypatch.chdir("/usr")
     parser = argparse.ArgumentParser()
     verbs = parser.add_subparsers()
     add_verbs(lambda name, function: verbs.add_parser(name))

@@ -41,7 +41,8 @@ def differs(got):
 def cell(monkeypatch):
     """A cell whose next run shows ``.shows``, or raises it; ``.ran`` are the Cases that it was given."""
     cell = SimpleNamespace(name="toy", configuration=SimpleNamespace(name="toy", edits=()), shows=None, ran=[])
-    cell.command = lambda name: Cell.command(cell, name)
+    cell._command = lambda image: Cell._command(cell, image)
+    cell.example = lambda name: Cell.example(cell, name)
 
     class Toy:
         def __init__(self, cell, plan, profile, folder, take, **more):

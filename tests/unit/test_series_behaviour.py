@@ -230,6 +230,13 @@ def test_a_machine_that_was_ended_early_has_told_what_it_saw(symbols):
     assert found.problem == "so many Cases failed that the run was ended"
 
 
+def test_what_no_run_could_follow_is_not_put_down_to_its_early_end(symbols):
+    early = [answer("_text+0x104", missing=["noinstr"]) | {"whole": False}]
+    found = reached(["em_add", "noinstr"], early, 1, symbols, enough=True)
+    assert (found.unknown, found.problem) == ({"noinstr"}, "")
+    assert "ftrace cannot follow them" in reached_lines(found)[1]
+
+
 def test_a_kernel_without_the_profile_says_so(symbols):
     found = reached(["em_add"], [{"error": "no function profile"}], 1, symbols)
     assert found.unknown == {"em_add"}

@@ -50,7 +50,7 @@ def report(*patches, planned=None):
 
 
 def test_a_cell_that_ended_early_says_of_how_many_cases():
-    early = replace(FAILS, counts={"mismatch": 501, "agree": 1094}, checks=1600, chosen=7374)
+    early = replace(FAILS, counts={"mismatch": 501, "agree": 1094}, checks=1600, chosen=7374, ran=1595)
     told = "1600 checks, 0 s; ended early, for enough had failed: 1595 of 7374 Cases ran"
     assert told in " ".join(text_report(report(patch(early))).split())
     assert "1,595 of 7,374 Cases ran" in page(report(patch(early)))

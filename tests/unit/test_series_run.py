@@ -434,6 +434,16 @@ def test_a_folder_with_something_else_is_refused_and_left_as_it_is(series, out):
     assert [p.name for p in out.iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_that_cannot_be_read_is_refused(series, out, monkeypatch):
+    def refuses(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    out.mkdir()
+    monkeypatch.setattr(type(out), "iterdir", refuses)
+    with pytest.raises(LabInputError, match="cannot be read: no permission; give another --out"):
+        validate(series, out, Elsewhere())
+
+
 def test_other_options_into_the_same_folder_are_refused(series, out):
     validate(series, out, Elsewhere())
     with pytest.raises(LabInputError, match=r"holds this series with other options \(cells differ\)"):
