@@ -138,6 +138,8 @@ class CellRun:
         self.recorded: dict[int, Any] = {}  # by index, if ``record``: all Observations of a Case, as JSON
         self.executed: dict[str, Mapping[str, Any]] = {}  # by machine, the last it said, with a ``trace``
         self._lock = threading.Lock()
+        self._idle = threading.Event()  # no worker is at work any more
+        self._working = 0
         self._jobs: deque[Job] = deque()
         self._retried: set[int] = set()
         self._seen: set[str] = set()  # Cases with a result, and splats that belong to none
@@ -177,13 +179,13 @@ class CellRun:
         self.tally.total = sum(len(j.indices) for j in self._jobs)
         self.machines = max(1, min(self.machines, len(self._jobs)))
         threads = [threading.Thread(target=self._worker, args=(n,), daemon=True) for n in range(self.machines)]
+        self._working = len(threads)
         for thread in threads:
             thread.start()
         late = False
         try:
-            while any(t.is_alive() for t in threads):
-                for thread in threads:
-                    thread.join(0.2)
+            # Not join(): Python 3.11 takes a thread for ended when a signal interrupts the wait for it.
+            while not self._idle.wait(0.2):
                 self._tick()
                 late = late or time.monotonic() - self.tally.began > self._deadline
                 self._stop = self._stop or late
@@ -211,6 +213,11 @@ class CellRun:
         except BaseException as error:  # the other machine goes on with what is left
             with self._lock:
                 self._problem = self._problem or error
+        finally:
+            with self._lock:
+                self._working -= 1
+                if not self._working:
+                    self._idle.set()
 
     def _serve(self, number: int) -> None:
         """One boot: hand out jobs until there are none, or the machine is lost."""

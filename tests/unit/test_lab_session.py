@@ -1,6 +1,8 @@
 """A cell's accounts: what the kernel says is told once, of whom it is; what is nobody's is not a Case's."""
 
 import io
+import signal
+import time
 from collections import deque
 from pathlib import Path
 
@@ -352,3 +354,20 @@ def test_cold_machines_are_not_kept(run, tmp_path, monkeypatch, cold):
     outcome = run_cell(run.cell, tmp_path / "out", Options(cold=cold, profile=run.profile), print, io.StringIO())
     assert outcome.problem == "enough is known"
     assert [m.keeps for m in made] == [not cold]
+
+
+def test_an_interrupt_waits_for_the_machines(run, monkeypatch):
+    """What they have in hand is taken, and their emulators are collected."""
+    ended = []
+
+    def serve(number):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.5)
+        ended.append(number)
+        run._jobs.clear()
+        run._probe_wanted = False
+
+    monkeypatch.setattr(run, "_serve", serve)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(range(3))
+    assert ended == [0]
