@@ -10,7 +10,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -173,10 +173,7 @@ class RunResults:
     @property
     def extent(self) -> str:
         """``20 of 300 cases ran``: how far a run came that did not run all its Cases; empty for one that did."""
-        ran = sum(1 for r in self.records if r["id"])  # what was found of a kernel as a whole has no id
-        if self.chosen is None or ran >= self.chosen:
-            return ""
-        return f"{ran} of {counted(self.chosen, 'case')} ran"
+        return extent(self.records, self.chosen)
 
     def incomplete_because(self) -> list[str]:
         """One line for each thing that keeps the results from being whole."""
@@ -185,6 +182,12 @@ class RunResults:
             how = f"was lost ({self.lost})" if self.lost else "was interrupted or lost"
             out.append(f"incomplete: the run {how} before its end" + (f"; {self.extent}" if self.extent else ""))
         return out
+
+
+def extent(records: Iterable[Mapping[str, Any]], chosen: int | None) -> str:
+    """``20 of 300 cases ran``, where ``records`` are not of all that were ``chosen``; empty where they are."""
+    ran = sum(1 for r in records if r["id"])  # what was found of a kernel as a whole has no id
+    return "" if chosen is None or ran >= chosen else f"{ran} of {counted(chosen, 'case')} ran"
 
 
 def read_run(folder: Path) -> RunResults:

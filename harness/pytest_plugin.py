@@ -24,7 +24,7 @@ from harness.judge import Result, Runner
 from harness.known import load_known
 from harness.kvm_machine import KvmMachine
 from harness.report.text import summary_lines
-from harness.report.views import CASES_FOLDER, kept_word
+from harness.report.views import CASES_FOLDER, kept_word, replay_words
 from harness.vcpu import Vcpu
 from harness.verdict import BAD_INPUT, NO_KVM, Verdict
 from harness.vm import DEFAULT_DEVICE, Kvm, KvmUnusableError, Vm
@@ -226,7 +226,7 @@ def judge(item: pytest.Item, case: Case, runner: Runner) -> Result:
     """Run a Case, keep its result for the journal, and end the test item accordingly."""
     from harness.reference.cpu import ModelError
     from harness.reference.machine import ReferenceMachine
-    from harness.report.failure import failure_text, replay_words
+    from harness.report.failure import failure_text
 
     try:
         result = runner.run(case, ReferenceMachine())

@@ -20,9 +20,9 @@ from harness.reference.cpu import ModelError
 from harness.reference.machine import ReferenceMachine
 from harness.report.agreement import agreement_text
 from harness.report.emit_c import emit_c
-from harness.report.failure import failure_text, labelled, replay_words
+from harness.report.failure import failure_text, labelled
 from harness.report.reduce import reduced
-from harness.report.views import CASES_FOLDER
+from harness.report.views import CASES_FOLDER, replay_words
 from harness.verdict import Verdict
 from harness.vm import Kvm
 from harness.words import counted

@@ -15,8 +15,8 @@ from harness.exits import Timeout, Unknown
 from harness.lockstep import Difference, exit_text
 from harness.report import c_parts
 from harness.report.c_data import comment, memory_c
-from harness.report.failure import replay_words
 from harness.report.listing import listing
+from harness.report.views import replay_words
 from harness.state import GPR_INDEX, SEGMENT_NAMES, CpuState, Events, Segment, msr_index, pae_paging
 
 _MAX_RUNS: Final = 32

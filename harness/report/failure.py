@@ -20,6 +20,7 @@ from harness.report.listing import (
     source_line,
     stands_at,
 )
+from harness.report.views import replay_words
 from harness.state import GPR_NAMES, FieldDiff, bit_names
 from harness.words import counted
 
@@ -30,7 +31,7 @@ _MAX_RUNS: Final = 8
 
 
 def failure_text(case: Case, difference: Difference, host: str, again: str | None = None) -> str:
-    """Everything about one failure, lines of at most 100 columns, ending in the command that runs it again.
+    """Everything about one failure in lines of at most 100 columns; then, in one, the command that runs it again.
 
     In order: case, guest source line, exit, what differs (and only that), disassembly, start values of the registers
     that the code uses, host. ``again`` is that command; without one, ``replay`` of the Case's id.
@@ -45,11 +46,6 @@ def failure_text(case: Case, difference: Difference, host: str, again: str | Non
         out += ["", "code", *(f"  {line}"[:WIDTH].rstrip() for line in _code_lines(code, case, difference))]
     out += ["", *start_values(case, code, [d.name for d in difference.registers]), "", *labelled("host", host)]
     return "\n".join([*out, again or replay_words(case.id)])
-
-
-def replay_words(word: str) -> str:
-    """The command that runs a Case again on this machine's KVM; ``word``, for a shell, says which."""
-    return f"kvm-harness replay {word}"
 
 
 def labelled(label: str, text: str) -> list[str]:

@@ -69,7 +69,12 @@ def replay_command(run: RunResults, record: Record) -> str:
     if again := run.header.get("again"):
         return f"{again} {shlex.quote(record['case'])}" if record["id"] else str(again).removesuffix(" -k")
     kept = run.folder / CASES_FOLDER / f"{record['id']}.json"
-    return f"kvm-harness replay {kept_word(kept) if kept.exists() else record['id']}"
+    return replay_words(kept_word(kept) if kept.exists() else record["id"])
+
+
+def replay_words(word: str) -> str:
+    """The command that runs a Case again on this machine's KVM; ``word``, for a shell, says which."""
+    return f"kvm-harness replay {word}"
 
 
 def kept_word(file: Path) -> str:

@@ -163,14 +163,12 @@ def how_to_see(cell: CellReport, change: Change) -> list[str]:
 
 
 def ran(cell: CellReport, form: str = "d") -> str:
-    """``full: 2 mismatch, 9 agree; 11 checks, 3 s``, and that it ended early; ``form`` is of the numbers."""
+    """``full: 2 mismatch, 9 agree; 11 checks, 3 s``; how far it came if it ended early; ``form``: of numbers."""
     if not cell.tier:
         return "not run"
     counts = ", ".join(f"{n:{form}} {v}" for v, n in cell.counts.items())
     text = f"{cell.tier}: {counts}; {counted(cell.checks, 'check', form=form)}, {cell.seconds:.0f} s"
-    if cell.chosen:
-        text += f"; ended early, for enough had failed: {cell.ran:{form}} of {cell.chosen:{form}} Cases ran"
-    return text
+    return f"{text}; {cell.extent}: enough of them had failed" if cell.extent else text
 
 
 def inherited(cell: CellReport) -> str:

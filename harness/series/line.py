@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from harness.journal import JournalError
+from harness.journal import JournalError, extent
 from harness.lab.boot import CONSOLE_LOG
 from harness.lab.configurations import Configuration
 from harness.lab.profile import Profile
@@ -138,7 +138,6 @@ class CellLine:
         changes = self.changes(records)
         self._follow(number, changes, records)
         flaky = [*(n for n in records if n in self.base.flaky), *sorted(look.unsteady - look.doubtful.keys())]
-        chosen, ran = _early(result)
         problem = "" if any(c.name in (BOOT, KVM) for c in changes) else result.problem
         problems = [problem, self._lost(records), _doubt(look.doubtful)]
         taken = replace(
@@ -146,7 +145,7 @@ class CellLine:
             checks=sum(int(r["checks"]) for r in records.values()), changes=tuple(changes),
             inherited=self.inherited(changes), quarantined=tuple(dict.fromkeys(flaky)),
             problem="; ".join(filter(None, problems)), seconds=result.seconds,
-            chosen=chosen, ran=ran,
+            extent=extent(result.records.values(), result.chosen) if result.enough else "",
         )  # fmt: skip
         found = {c.name: (number, kind(c.after)) for c in changes if c.fails and c.name in look.comes_and_goes}
         self.intermittent |= found
@@ -215,9 +214,3 @@ def result_or_nothing(folder: Any) -> CellResult:
         return read_result(folder)
     except JournalError as error:
         return CellResult(folder, {}, str(error), type(error).__name__)
-
-
-def _early(result: CellResult) -> tuple[int, int]:
-    """(Cases, how many of them ran) of a run that ended before its last Case since enough had failed; else zeros."""
-    ran = sum(1 for record in result.records.values() if record["id"])
-    return (result.chosen, ran) if result.enough and ran < result.chosen else (0, 0)

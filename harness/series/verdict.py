@@ -103,8 +103,8 @@ class CellReport:
     """A patch in one cell. ``changes``: what the kernel shows otherwise than the one before it.
 
     ``inherited``: failures that an earlier patch has brought, with its number; 0 is BASE. ``problem``: why there is no
-    result, empty if there is one. ``command`` runs a Case of it again, ``{}`` standing for its name. ``chosen``: how
-    many Cases there were, and ``ran`` how many ran, where it ended before the last one since enough had failed; else 0.
+    result, empty if there is one. ``command`` runs a Case of it again, ``{}`` standing for its name. ``extent``: how
+    far it came, where it ended before its last Case since enough had failed.
     """
 
     cell: str
@@ -118,8 +118,7 @@ class CellReport:
     problem: str = ""
     seconds: float = 0.0
     command: str = ""
-    chosen: int = 0
-    ran: int = 0
+    extent: str = ""
 
     @property
     def failures(self) -> list[Change]:
@@ -158,7 +157,7 @@ class CellReport:
             "cell": self.cell, "tier": self.tier, "folder": self.folder, "verdict": verdict,
             "counts": dict(self.counts), "checks": self.checks, "changes": [c.to_json() for c in self.changes],
             "inherited": dict(self.inherited), "quarantined": list(self.quarantined), "problem": self.problem,
-            "seconds": round(self.seconds, 1), "chosen": self.chosen, "ran": self.ran,
+            "seconds": round(self.seconds, 1), "extent": self.extent,
         }  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def test_what_fails_everywhere_ends_early_and_is_known_to_have_been_executed(dem
     assert series(tree, tmp_path / "out", f"base..{bad}", *QUICK).returncode == 1
     (patch,) = report(tmp_path / "out")["patches"]
     assert patch["reached"]["executed"] == ["__set_regs"]
-    assert 500 < sum(patch["cells"][0]["counts"].values()) < patch["cells"][0]["chosen"]
+    assert re.fullmatch(r"5\d\d of \d{4} cases ran", patch["cells"][0]["extent"])
 
 
 @pytest.mark.parametrize("name", ["set-regs-truncates-r12", "segment-base-32-bit", "emul-cmov-keeps-upper-half"])

@@ -32,7 +32,7 @@ def record(number, verdict):
     return {"case": f"c{number}", "id": f"{number:012x}", "verdict": verdict, "checks": 1, "summary": "", "allowed": 0}
 
 
-@pytest.mark.parametrize(("enough", "chosen", "told"), [(True, 9, (9, 2)), (True, 2, (0, 0)), (False, 9, (0, 0))])
+@pytest.mark.parametrize(("enough", "chosen", "told"), [(True, 9, "2 of 9 cases ran"), (True, 2, ""), (False, 9, "")])
 def test_a_run_that_ended_before_its_last_case_says_so(result, enough, chosen, told):
     records = {"c1": record(1, "agree"), "c2": record(2, "agree")}
     whole = {"case": "kernel/log/oops", "id": "", "verdict": "splat", "checks": 0, "summary": "oops", "allowed": 0}
@@ -40,4 +40,4 @@ def test_a_run_that_ended_before_its_last_case_says_so(result, enough, chosen, t
     line.begin(replace(result, records=records), replace(result, records=records))
     ended = replace(result, records={**records, "kernel/log/oops": whole}, enough=enough, chosen=chosen)
     taken = line.take(1, CellReport("svm", "full"), ended)
-    assert (taken.chosen, taken.ran) == told
+    assert taken.extent == told

@@ -50,11 +50,11 @@ def report(*patches, planned=None):
 
 
 def test_a_cell_that_ended_early_says_of_how_many_cases():
-    early = replace(FAILS, counts={"mismatch": 501, "agree": 1094}, checks=1600, chosen=7374, ran=1595)
-    told = "1600 checks, 0 s; ended early, for enough had failed: 1595 of 7374 Cases ran"
+    early = replace(FAILS, counts={"mismatch": 501, "agree": 1094}, checks=1600, extent="1595 of 7374 cases ran")
+    told = "1600 checks, 0 s; 1595 of 7374 cases ran: enough of them had failed"
     assert told in " ".join(text_report(report(patch(early))).split())
-    assert "1,595 of 7,374 Cases ran" in page(report(patch(early)))
-    assert "ended early" not in text_report(report(patch(FAILS)))
+    assert "1595 of 7374 cases ran: enough" in page(report(patch(early)))
+    assert "enough" not in text_report(report(patch(FAILS)))
 
 
 @pytest.mark.parametrize(("tier", "cell", "told"), [
